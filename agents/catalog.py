@@ -1,0 +1,74 @@
+"""Every policy by name, and the text form in which one is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchpilot.agents.parameters import ConfigError
+from batchpilot.agents.policy import LimitPolicy, PolicyClass
+from batchpilot.agents.static import StaticPolicy
+
+POLICIES: dict[str, PolicyClass] = {
+    "static": StaticPolicy,
+}
+
+
+def policy_class(name: str) -> PolicyClass:
+    """The class behind a name.
+
+    Raises:
+        ConfigError: No policy has that name.
+    """
+    if name not in POLICIES:
+        raise ConfigError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A policy's name and the parameters given for it: `memory:memory_factor=0.9`."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> PolicySpec:
+        """Reads `name` or `name:key=value:key=value`.
+
+        Raises:
+            ConfigError: The text has another form. Names and keys are checked by `build`.
+        """
+        name, *pairs = text.strip().split(":")
+        parameters = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not (key and equals and value):
+                raise ConfigError(f"policy {text!r}: {pair!r} is not key=value")
+            if key in parameters:
+                raise ConfigError(f"policy {text!r}: {key} is given twice")
+            parameters[key] = value
+        return cls(name, parameters)
+
+    def build(self, defaults: Mapping[str, Any] | None = None) -> LimitPolicy:
+        """Makes a fresh policy.
+
+        Args:
+            defaults: Shared settings such as `itl_slo_ms`; a policy takes those it has a
+                parameter for, where the spec itself gives none and the default is not None.
+
+        Raises:
+            ConfigError: Unknown policy or key, or a value that does not fit.
+        """
+        chosen = policy_class(self.name)
+        accepted = chosen.Params.names()
+        shared = {k: v for k, v in (defaults or {}).items() if k in accepted and v is not None}
+        params = chosen.Params.from_mapping(
+            {**shared, **self.parameters}, where=f"policy {self.name!r}"
+        )
+        return chosen(params)
+
+    def __str__(self) -> str:
+        """The text that `parse` reads back."""
+        return ":".join([self.name, *(f"{k}={v}" for k, v in self.parameters.items())])

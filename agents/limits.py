@@ -1,0 +1,218 @@
+"""The vocabulary of every decision: what is seen, what is decided, what a step cost.
+
+All values are immutable. Names follow vLLM's own where vLLM has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Source(StrEnum):
+    """Who made a decision."""
+
+    STATIC = "static"
+    MEMORY = "memory"
+    SLA = "sla"
+    MEMORY_SLA = "memory_sla"
+    PREDICTIVE = "predictive"
+    LEARNED = "learned"
+    REMOTE = "remote"
+    FALLBACK = "fallback"
+
+
+class Binding(StrEnum):
+    """What keeps the next waiting request out."""
+
+    KV_CACHE = "kv_cache"
+    MAX_NUM_SEQS = "max_num_seqs"
+    TOKEN_BUDGET = "token_budget"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """The two limits batchpilot steers.
+
+    Attributes:
+        max_num_seqs: Most sequences in RUNNING.
+        max_num_batched_tokens: Most tokens one step may schedule, decodes and prefills together.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What does not change while an engine runs.
+
+    Attributes:
+        startup_limits: The limits the engine was started with; its buffers are sized by them.
+        total_blocks: KV blocks that requests can use.
+        block_size: Tokens per KV block.
+        tokens_per_decode: Tokens one decoding sequence takes of a step: 1, more when speculating.
+        unchunked_prefill_tokens: Longest prompt that must fit one step; 0 with chunked prefill.
+    """
+
+    startup_limits: BatchLimits
+    total_blocks: int
+    block_size: int
+    tokens_per_decode: int = 1
+    unchunked_prefill_tokens: int = 0
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """The papers' eta: tokens the KV cache can hold."""
+        return self.total_blocks * self.block_size
+
+
+class RunningSequence(NamedTuple):
+    """One sequence in RUNNING.
+
+    Attributes:
+        kv_tokens: Tokens it holds in the KV cache now.
+        output_tokens: Tokens it has generated so far: its age, for a length estimator.
+        prefill_tokens_left: Prompt tokens it has still to compute; 0 when it decodes.
+    """
+
+    kv_tokens: int
+    output_tokens: int
+    prefill_tokens_left: int
+
+
+def _nothing() -> Sequence[RunningSequence]:
+    return ()
+
+
+def _nobody(count: int) -> Sequence[int]:
+    del count
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """What is seen just before a step.
+
+    Attributes:
+        engine: What does not change.
+        clock_seconds: Engine time, monotonic; virtual in a simulation.
+        running: Sequences in RUNNING (the papers' N), of which `prefill_seqs` still prefill.
+        waiting: Requests that wait for admission.
+        prefill_seqs: Sequences in RUNNING that have not finished their prompt.
+        reserved_seqs: Places held outside RUNNING (paused streaming sessions).
+        used_blocks: KV blocks that requests hold.
+        binding: What kept the next request out in the previous step.
+        read_running: Reads every running sequence; O(N), call it only when an admission is at hand.
+        read_waiting: Reads the KV tokens that up to `count` next waiting requests will need to
+            start, in queue order; may return fewer.
+    """
+
+    engine: EngineFacts
+    clock_seconds: float
+    running: int
+    waiting: int
+    prefill_seqs: int = 0
+    reserved_seqs: int = 0
+    used_blocks: int = 0
+    binding: Binding = Binding.NONE
+    read_running: Callable[[], Sequence[RunningSequence]] = _nothing
+    read_waiting: Callable[[int], Sequence[int]] = _nobody
+
+    @property
+    def decode_seqs(self) -> int:
+        """Sequences in RUNNING that decode."""
+        return self.running - self.prefill_seqs
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV blocks in use, 0 to 1."""
+        return self.used_blocks / self.engine.total_blocks
+
+
+class FinishedRequest(NamedTuple):
+    """A request that left RUNNING for good.
+
+    Attributes:
+        prompt_tokens: Length of its prompt.
+        output_tokens: Tokens it generated.
+        completed: False when it was aborted: its output would have gone on.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    completed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one engine step did and cost.
+
+    Attributes:
+        seconds: Time from the previous step's result to this one's, or from its scheduling where
+            the engine stood idle before: what an inter-token latency feels.
+        running: Sequences in RUNNING once the step was scheduled.
+        decode_seqs: Sequences that decoded in it.
+        prefill_tokens: Prompt tokens it computed (recomputed ones included).
+        kv_tokens: Tokens held in the KV cache, from the blocks in use.
+        preemptions: Sequences it preempted.
+        recomputed_tokens: KV tokens those preemptions threw away, to be computed again.
+        finished: Requests that ended since the previous step was scheduled.
+        arrived: Prompt lengths of the requests that arrived since then.
+        binding: What kept the next request out of it.
+        regular: False where `seconds` says little of the batch: the first steps after start and
+            the first after an idle gap.
+    """
+
+    seconds: float
+    running: int
+    decode_seqs: int
+    prefill_tokens: int
+    kv_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    finished: tuple[FinishedRequest, ...] = ()
+    arrived: tuple[int, ...] = ()
+    binding: Binding = Binding.NONE
+    regular: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Limits, and why.
+
+    Attributes:
+        limits: What to apply.
+        source: Who decided.
+        reason: A short phrase for logs; constant per branch, so that deciding allocates little.
+        binding: What keeps the next request out; filled in by the shield.
+    """
+
+    limits: BatchLimits
+    source: Source
+    reason: str
+    binding: Binding = Binding.NONE
+
+
+def binding_constraint(
+    *, running: int, waiting: int, max_num_seqs: int, scheduled_tokens: int, token_budget: int
+) -> Binding:
+    """Names what kept the next request out of a step that has just been scheduled.
+
+    Args:
+        running: Sequences in RUNNING after the step was scheduled.
+        waiting: Requests still waiting.
+        max_num_seqs: The sequence limit it was scheduled under.
+        scheduled_tokens: Tokens it scheduled.
+        token_budget: The token limit it was scheduled under.
+    """
+    if waiting == 0:
+        return Binding.NONE
+    if running >= max_num_seqs:
+        return Binding.MAX_NUM_SEQS
+    if scheduled_tokens >= token_budget:
+        return Binding.TOKEN_BUDGET
+    return Binding.KV_CACHE

@@ -1,0 +1,1 @@
+"""What is steered: engines, workloads and the commands that run one on the other."""

@@ -1,0 +1,1 @@
+"""The tuning service: limits for a fleet of engines, over gRPC."""
