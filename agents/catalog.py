@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchpilot.agents.parameters import ConfigError
-from batchpilot.agents.policy import LimitPolicy, PolicyClass
-from batchpilot.agents.static import StaticPolicy
+from batchpilot.agents.parameters import ConfigError, Parameters
+from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.static import StaticParameters, StaticPolicy
 
-POLICIES: dict[str, PolicyClass] = {
-    "static": StaticPolicy,
+
+@dataclass(frozen=True)
+class PolicyKind:
+    """How a policy is built: its parameters, and the class that takes them."""
+
+    parameters: type[Parameters]
+    build: Callable[[Any], LimitPolicy]
+
+
+POLICIES: dict[str, PolicyKind] = {
+    "static": PolicyKind(StaticParameters, StaticPolicy),
 }
 
 
-def policy_class(name: str) -> PolicyClass:
-    """The class behind a name.
+def policy_kind(name: str) -> PolicyKind:
+    """The policy behind a name.
 
     Raises:
         ConfigError: No policy has that name.
@@ -61,13 +70,13 @@ class PolicySpec:
         Raises:
             ConfigError: Unknown policy or key, or a value that does not fit.
         """
-        chosen = policy_class(self.name)
-        accepted = chosen.Params.names()
+        kind = policy_kind(self.name)
+        accepted = kind.parameters.names()
         shared = {k: v for k, v in (defaults or {}).items() if k in accepted and v is not None}
-        params = chosen.Params.from_mapping(
+        params = kind.parameters.from_mapping(
             {**shared, **self.parameters}, where=f"policy {self.name!r}"
         )
-        return chosen(params)
+        return kind.build(params)
 
     def __str__(self) -> str:
         """The text that `parse` reads back."""

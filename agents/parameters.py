@@ -8,6 +8,7 @@ the text of a command line, and every error names the key, the value and what is
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType
@@ -134,11 +135,12 @@ def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
         if value not in rules["choices"]:
             raise ConfigError(f"{name}={value!r} is not one of: {', '.join(rules['choices'])}")
         return
-    for rule, broken, words in (
-        ("minimum", lambda bound: value < bound, "at least"),
-        ("maximum", lambda bound: value > bound, "at most"),
-        ("above", lambda bound: value <= bound, "greater than"),
-        ("below", lambda bound: value >= bound, "less than"),
-    ):
-        if rules[rule] is not None and broken(rules[rule]):
-            raise ConfigError(f"{name}={value!r} must be {words} {rules[rule]:g}")
+    broken = {
+        "at least": (rules["minimum"], operator.lt),
+        "at most": (rules["maximum"], operator.gt),
+        "greater than": (rules["above"], operator.le),
+        "less than": (rules["below"], operator.ge),
+    }
+    for words, (bound, is_broken) in broken.items():
+        if bound is not None and is_broken(value, bound):
+            raise ConfigError(f"{name}={value!r} must be {words} {bound:g}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from batchpilot.agents.limits import Decision, EngineSnapshot, StepRecord
-from batchpilot.agents.parameters import Parameters
 
 
 class LimitPolicy(Protocol):
@@ -20,12 +19,3 @@ class LimitPolicy(Protocol):
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
         """Proposes the limits of the step about to be scheduled; the shield has the last word."""
-
-
-class PolicyClass(Protocol):
-    """A kind of policy: built from its own `Parameters` and nothing else."""
-
-    Params: type[Parameters]
-
-    def __call__(self, params: Any) -> LimitPolicy:
-        """Builds the policy."""

@@ -8,6 +8,18 @@ from batchpilot.agents.limits import BatchLimits, Decision, EngineSnapshot, Sour
 from batchpilot.agents.parameters import Parameters, parameter
 
 
+@dataclass(frozen=True)
+class StaticParameters(Parameters):
+    """Which pair `static` holds."""
+
+    max_num_seqs: int | None = parameter(
+        None, minimum=1, help="sequences in RUNNING; the start-up value when left out"
+    )
+    max_num_batched_tokens: int | None = parameter(
+        None, minimum=1, help="tokens a step; the start-up value when left out"
+    )
+
+
 class StaticPolicy:
     """Fixed limits: what vLLM does by itself, or another fixed pair without a restart.
 
@@ -17,18 +29,7 @@ class StaticPolicy:
     preempts on long ones.
     """
 
-    @dataclass(frozen=True)
-    class Params(Parameters):
-        """Which pair."""
-
-        max_num_seqs: int | None = parameter(
-            None, minimum=1, help="sequences in RUNNING; the start-up value when left out"
-        )
-        max_num_batched_tokens: int | None = parameter(
-            None, minimum=1, help="tokens a step; the start-up value when left out"
-        )
-
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: StaticParameters) -> None:
         """Keeps the pair."""
         self._params = params
         self._decision: Decision | None = None
