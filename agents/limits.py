@@ -70,13 +70,14 @@ class EngineFacts:
         return self.total_blocks * self.block_size
 
 
-class RunningSequence(NamedTuple):
-    """One sequence in RUNNING.
+class SequenceState(NamedTuple):
+    """One sequence, running or waiting.
 
     Attributes:
-        kv_tokens: Tokens it holds in the KV cache now.
+        kv_tokens: Tokens it holds in the KV cache now; 0 while it waits.
         output_tokens: Tokens it has generated so far: its age, for a length estimator.
-        prefill_tokens_left: Prompt tokens it has still to compute; 0 when it decodes.
+        prefill_tokens_left: Tokens it must still compute before it generates (again); 0 when it
+            decodes.
     """
 
     kv_tokens: int
@@ -84,11 +85,11 @@ class RunningSequence(NamedTuple):
     prefill_tokens_left: int
 
 
-def _nothing() -> Sequence[RunningSequence]:
+def _none_running() -> Sequence[SequenceState]:
     return ()
 
 
-def _nobody(count: int) -> Sequence[int]:
+def _none_waiting(count: int) -> Sequence[SequenceState]:
     del count
     return ()
 
@@ -107,8 +108,7 @@ class EngineSnapshot:
         used_blocks: KV blocks that requests hold.
         binding: What kept the next request out in the previous step.
         read_running: Reads every running sequence; O(N), call it only when an admission is at hand.
-        read_waiting: Reads the KV tokens that up to `count` next waiting requests will need to
-            start, in queue order; may return fewer.
+        read_waiting: Reads up to `count` next waiting requests in queue order; may return fewer.
     """
 
     engine: EngineFacts
@@ -119,8 +119,8 @@ class EngineSnapshot:
     reserved_seqs: int = 0
     used_blocks: int = 0
     binding: Binding = Binding.NONE
-    read_running: Callable[[], Sequence[RunningSequence]] = _nothing
-    read_waiting: Callable[[int], Sequence[int]] = _nobody
+    read_running: Callable[[], Sequence[SequenceState]] = _none_running
+    read_waiting: Callable[[int], Sequence[SequenceState]] = _none_waiting
 
     @property
     def decode_seqs(self) -> int:

@@ -1,0 +1,113 @@
+"""The shield: one pure function between any proposal and the engine.
+
+Whoever proposes (a formula, a model, an agent, a service), the same clamp applies, in the
+environment, in the service and in the hook:
+
+    N + reserved <= max_num_seqs <= min(start-up value, operator's bound, memory bound)
+    min_prefill_chunk + N * tokens_per_decode <= max_num_batched_tokens <= start-up value
+
+and with chunked prefill off the token budget never falls below the longest prompt. Where the two
+sides cross, the left one wins: vLLM asserts it, and a running sequence is never taken out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from batchpilot.agents.limits import BatchLimits, EngineSnapshot
+from batchpilot.agents.parameters import Parameters, parameter
+
+
+class Clamp(StrEnum):
+    """Why a proposal was replaced by the nearest safe limits."""
+
+    NONE = "none"
+    RUNNING = "below_running"
+    LOWER_BOUND = "below_lower_bound"
+    UPPER_BOUND = "above_upper_bound"
+    TOKEN_BUDGET_LOW = "token_budget_too_low"
+    TOKEN_BUDGET_HIGH = "token_budget_too_high"
+    NOT_A_NUMBER = "not_a_number"
+
+
+@dataclass(frozen=True)
+class SafetyBounds(Parameters):
+    """What the operator allows, inside what the engine can do."""
+
+    min_num_seqs: int = parameter(1, minimum=1, help="never admit fewer sequences than this")
+    max_num_seqs: int | None = parameter(
+        None, minimum=1, help="never admit more than this; the start-up value when left out"
+    )
+    min_prefill_chunk: int = parameter(
+        64, minimum=1, help="prompt tokens a step always has room for beside its decodes"
+    )
+
+
+class ShieldedLimits(NamedTuple):
+    """Safe limits, and the first reason they differ from the proposal."""
+
+    limits: BatchLimits
+    clamp: Clamp
+
+
+def shield(
+    proposed: BatchLimits,
+    snapshot: EngineSnapshot,
+    bounds: SafetyBounds,
+    memory_bound_seqs: int | None = None,
+) -> ShieldedLimits:
+    """Replaces a proposal by the nearest safe limits.
+
+    Args:
+        proposed: What a policy wants.
+        snapshot: The engine just before the step.
+        bounds: What the operator allows.
+        memory_bound_seqs: A sequence limit from a memory rule, where one applies.
+    """
+    if type(proposed.max_num_seqs) is not int or type(proposed.max_num_batched_tokens) is not int:
+        safe = shield(snapshot.engine.startup_limits, snapshot, bounds, memory_bound_seqs)
+        return ShieldedLimits(safe.limits, Clamp.NOT_A_NUMBER)
+    seqs, seqs_clamp = _clamp_seqs(proposed.max_num_seqs, snapshot, bounds, memory_bound_seqs)
+    tokens, tokens_clamp = _clamp_tokens(proposed.max_num_batched_tokens, snapshot, bounds)
+    if seqs_clamp is Clamp.NONE and tokens_clamp is Clamp.NONE:
+        return ShieldedLimits(proposed, Clamp.NONE)
+    clamp = tokens_clamp if seqs_clamp is Clamp.NONE else seqs_clamp
+    return ShieldedLimits(BatchLimits(seqs, tokens), clamp)
+
+
+def _clamp_seqs(
+    proposed: int, snapshot: EngineSnapshot, bounds: SafetyBounds, memory_bound_seqs: int | None
+) -> tuple[int, Clamp]:
+    startup = snapshot.engine.startup_limits.max_num_seqs
+    upper = startup
+    if bounds.max_num_seqs is not None and bounds.max_num_seqs < upper:
+        upper = bounds.max_num_seqs
+    if memory_bound_seqs is not None and memory_bound_seqs < upper:
+        upper = memory_bound_seqs
+    value, clamp = proposed, Clamp.NONE
+    if value > upper:
+        value, clamp = upper, Clamp.UPPER_BOUND
+    if value < bounds.min_num_seqs:
+        value, clamp = bounds.min_num_seqs, Clamp.LOWER_BOUND
+    occupied = snapshot.running + snapshot.reserved_seqs
+    if value < occupied:
+        value, clamp = occupied, Clamp.RUNNING
+    return min(max(value, 1), startup), clamp
+
+
+def _clamp_tokens(
+    proposed: int, snapshot: EngineSnapshot, bounds: SafetyBounds
+) -> tuple[int, Clamp]:
+    engine = snapshot.engine
+    upper = engine.startup_limits.max_num_batched_tokens
+    lower = max(
+        bounds.min_prefill_chunk + snapshot.running * engine.tokens_per_decode,
+        engine.unchunked_prefill_tokens,
+    )
+    if proposed > upper:
+        return upper, Clamp.TOKEN_BUDGET_HIGH
+    if proposed < lower:
+        return min(lower, upper), Clamp.TOKEN_BUDGET_LOW if upper > proposed else Clamp.NONE
+    return proposed, Clamp.NONE

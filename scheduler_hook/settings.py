@@ -1,0 +1,114 @@
+"""The hook's settings: from `--additional-config '{"batchpilot": {...}}'` and `BATCHPILOT_*`.
+
+An environment variable wins over the same key in the configuration, so that one server of a fleet
+can be switched without changing its command line. Whatever is wrong stops the server at start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from batchpilot.agents.catalog import PolicySpec
+from batchpilot.agents.parameters import ConfigError, Parameters, parameter
+from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.shield import SafetyBounds
+
+CONFIG_KEY = "batchpilot"
+ENVIRONMENT_PREFIX = "BATCHPILOT_"
+#: Variables of other parts of batchpilot, which are not settings of the hook.
+OTHER_VARIABLES = frozenset({"BATCHPILOT_CACHE"})
+
+
+@dataclass(frozen=True)
+class HookSettings(Parameters):
+    """How the hook behaves in one engine."""
+
+    mode: str = parameter(
+        "local",
+        choices=("off", "observe", "local"),
+        help="off: stock vLLM; observe: decide and report, apply nothing; local: decide and apply",
+    )
+    policy: str = parameter("memory", help="name, or name:key=value:key=value")
+    itl_slo_ms: float | None = parameter(None, above=0, help="inter-token latency target")
+    ttft_slo_ms: float | None = parameter(None, above=0, help="time-to-first-token target")
+    memory_overflow_probability: float | None = parameter(
+        None, above=0, below=0.5, help="how often the KV cache may overflow (the paper's eps_M)"
+    )
+    min_num_seqs: int = parameter(1, minimum=1, help="least sequence limit")
+    max_num_seqs: int | None = parameter(None, minimum=1, help="greatest sequence limit")
+    min_prefill_chunk: int = parameter(
+        64, minimum=1, help="prompt tokens a step always has room for beside its decodes"
+    )
+    metrics_port: int | None = parameter(
+        None,
+        minimum=1,
+        maximum=65535,
+        help="serve Prometheus metrics here; data-parallel rank r listens on port + r",
+    )
+    metrics_host: str = parameter("127.0.0.1", help="address of metrics_port")
+    log_interval_seconds: float = parameter(
+        10.0, minimum=1, help="how often a line of what batchpilot does is logged"
+    )
+    allow_untested_vllm: bool = parameter(
+        False, help="steer a vLLM version that batchpilot does not know, if its parts look right"
+    )
+
+    def __post_init__(self) -> None:
+        """Checks every value, the policy's parameters included.
+
+        Raises:
+            ConfigError: Naming the key, the value and what is allowed.
+        """
+        super().__post_init__()
+        if self.max_num_seqs is not None and self.max_num_seqs < self.min_num_seqs:
+            raise ConfigError(
+                f"max_num_seqs={self.max_num_seqs} must be at least min_num_seqs="
+                f"{self.min_num_seqs}"
+            )
+        if self.mode != "off":
+            self.build_policy()
+
+    @property
+    def bounds(self) -> SafetyBounds:
+        """What the shield allows."""
+        return SafetyBounds(self.min_num_seqs, self.max_num_seqs, self.min_prefill_chunk)
+
+    def build_policy(self) -> LimitPolicy:
+        """A fresh policy with the shared targets filled in."""
+        targets = {
+            "itl_slo_ms": self.itl_slo_ms,
+            "ttft_slo_ms": self.ttft_slo_ms,
+            "memory_overflow_probability": self.memory_overflow_probability,
+        }
+        return PolicySpec.parse(self.policy).build(targets)
+
+
+def read_settings(
+    additional_config: object, environment: Mapping[str, str] | None = None
+) -> HookSettings:
+    """Reads the settings of this engine.
+
+    Args:
+        additional_config: vLLM's `additional_config`; other keys than "batchpilot" are not ours.
+        environment: Environment variables; the process's own when left out.
+
+    Raises:
+        ConfigError: An unknown key or a value that does not fit.
+    """
+    environment = os.environ if environment is None else environment
+    values: dict[str, Any] = {}
+    section = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(section, dict):
+        raise ConfigError(f'additional_config["{CONFIG_KEY}"]={section!r} is not a JSON object')
+    values.update(section)
+    known = {f"{ENVIRONMENT_PREFIX}{item.name.upper()}": item.name for item in fields(HookSettings)}
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in OTHER_VARIABLES:
+            continue
+        if variable not in known:
+            raise ConfigError(f"unknown variable {variable}; allowed: {', '.join(known)}")
+        values[known[variable]] = text
+    return HookSettings.from_mapping(values, where="batchpilot settings")

@@ -1,0 +1,362 @@
+"""Every touch of vLLM's scheduler, in one file.
+
+vLLM declares its scheduler interface non-public. What this file relies on is listed in `PARTS` and
+`ERAS`, checked when the scheduler is built, and proved release by release by `make compat`. Where
+something is missing, the hook becomes a passthrough: the engine runs as stock vLLM.
+
+Three eras of the sequence limit (both limits are read inside `schedule()`, the token budget always
+from `max_num_scheduled_tokens`):
+
+| vLLM         | attribute              | admission stops when                          |
+|--------------|------------------------|-----------------------------------------------|
+| 0.16 to 0.24 | `max_num_running_reqs` | `len(running) ==` it: below N it would never  |
+| 0.25 to 0.30 | `max_num_running_reqs` | `len(running) + paused sessions >=` it        |
+| 0.31 to 0.33 | `max_num_active_reqs`  | the same, and it only limits admission        |
+
+In all three a limit of at least `max(1, N)` and at most the start-up value is safe.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from vllm import __version__ as vllm_version
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler as SyncScheduler
+
+from batchpilot.agents.limits import (
+    BatchLimits,
+    Binding,
+    EngineFacts,
+    EngineSnapshot,
+    FinishedRequest,
+    SequenceState,
+)
+
+__all__ = [
+    "AsyncScheduler",
+    "StepContent",
+    "SyncScheduler",
+    "UnsupportedEngineError",
+    "VllmAdapter",
+    "adapt",
+]
+
+OLDEST, NEWEST = (0, 16), (0, 33)
+
+
+@dataclass(frozen=True)
+class Era:
+    """Releases that share one way of limiting sequences.
+
+    Attributes:
+        oldest: First release, (major, minor).
+        newest: Last release.
+        limit: The scheduler's attribute that limits admission.
+        comparison: The operator `schedule()` compares with: stop admitting when `count OP limit`.
+    """
+
+    oldest: tuple[int, int]
+    newest: tuple[int, int]
+    limit: str
+    comparison: str
+
+
+ERAS = (
+    Era((0, 16), (0, 24), "max_num_running_reqs", "=="),
+    Era((0, 25), (0, 30), "max_num_running_reqs", ">="),
+    Era((0, 31), (0, 33), "max_num_active_reqs", ">="),
+)
+
+#: What the adapter reads of a scheduler, as paths from it.
+PARTS = (
+    "running",
+    "waiting",
+    "requests",
+    "block_size",
+    "max_num_scheduled_tokens",
+    "num_waiting_for_streaming_input",
+    "get_request_counts",
+    "kv_cache_manager.block_pool.num_gpu_blocks",
+    "kv_cache_manager.block_pool.get_num_free_blocks",
+    "kv_cache_config.kv_cache_groups",
+    "scheduler_config.async_scheduling",
+    "scheduler_config.max_num_seqs",
+    "scheduler_config.enable_chunked_prefill",
+    "vllm_config.additional_config",
+    "vllm_config.model_config.runner_type",
+    "vllm_config.model_config.max_model_len",
+    "vllm_config.model_config.served_model_name",
+    "vllm_config.parallel_config.data_parallel_index",
+    "num_spec_tokens",
+)
+
+#: What it reads of a `Request` and of a `SchedulerOutput`, and the methods it wraps.
+REQUEST_PARTS = (
+    "request_id",
+    "status",
+    "num_prompt_tokens",
+    "num_computed_tokens",
+    "num_tokens",
+    "num_output_tokens",
+    "is_prefill_chunk",
+)
+OUTPUT_PARTS = ("num_scheduled_tokens", "total_num_scheduled_tokens", "finished_req_ids")
+WRAPPED_METHODS = (
+    "add_request",
+    "schedule",
+    "update_from_output",
+    "_preempt_request",
+    "shutdown",
+)
+
+#: Final statuses of requests whose output would have gone on.
+CUT_SHORT = ("FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED")
+
+
+def era_of(version: str) -> Era | None:
+    """The era of a vLLM release such as `0.32.0+cpu`; None when batchpilot does not know it."""
+    match = re.match(r"(\d+)\.(\d+)\.\d+", version)
+    if match is None:
+        return None
+    release = (int(match[1]), int(match[2]))
+    return next((era for era in ERAS if era.oldest <= release <= era.newest), None)
+
+
+class UnsupportedEngineError(Exception):
+    """This engine cannot be steered; the text says why."""
+
+
+def adapt(scheduler: Any, *, allow_untested: bool = False) -> VllmAdapter:
+    """The adapter of a scheduler that has just been built.
+
+    Args:
+        scheduler: vLLM's scheduler.
+        allow_untested: Accept releases that batchpilot does not know, if their parts look right.
+
+    Raises:
+        UnsupportedEngineError: It cannot be steered.
+    """
+    reason = _why_unsupported(scheduler, allow_untested)
+    if reason is not None:
+        raise UnsupportedEngineError(reason)
+    return VllmAdapter(scheduler)
+
+
+def _why_unsupported(scheduler: Any, allow_untested: bool) -> str | None:
+    if era_of(vllm_version) is None and not allow_untested:
+        return (
+            f"vLLM {vllm_version} is not one of the releases it knows "
+            f"({OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}); "
+            "set allow_untested_vllm to try"
+        )
+    missing = [path for path in PARTS if not _has_path(scheduler, path)]
+    if missing:
+        return f"vLLM {vllm_version}'s scheduler has no {missing[0]}"
+    model = scheduler.vllm_config.model_config
+    if model.runner_type != "generate":
+        return f"a {model.runner_type} model has no decode batch to limit"
+    if getattr(model, "is_diffusion", False):
+        return "a diffusion model does not decode token by token"
+    if not scheduler.kv_cache_config.kv_cache_groups:
+        return "the model has no KV cache"
+    return None
+
+
+def _has_path(root: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(root, name):
+            return False
+        root = getattr(root, name)
+    return True
+
+
+@dataclass(slots=True)
+class StepContent:
+    """What one call of `schedule()` put into a step.
+
+    Attributes:
+        running: Sequences in RUNNING afterwards.
+        waiting: Requests still waiting afterwards.
+        decode_seqs: Sequences that decode in it.
+        prefill_tokens: Prompt tokens in it.
+        scheduled_tokens: All tokens in it.
+        used_blocks: KV blocks held once it was scheduled.
+        finished: Requests that ended since the previous call.
+    """
+
+    running: int
+    waiting: int
+    decode_seqs: int
+    prefill_tokens: int
+    scheduled_tokens: int
+    used_blocks: int
+    finished: tuple[FinishedRequest, ...]
+
+
+class VllmAdapter:
+    """Reads one scheduler's state in O(1) and sets its limits.
+
+    Args:
+        scheduler: A scheduler that `adapt` accepted.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        """Remembers the start-up limits and finds what never moves."""
+        self._scheduler = scheduler
+        era = era_of(vllm_version) or ERAS[-1]
+        self._limit_name = era.limit
+        self._block_pool = scheduler.kv_cache_manager.block_pool
+        # Groups (hybrid attention) share one pool, and each token takes a block in every group.
+        self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
+        config = scheduler.vllm_config
+        chunked = scheduler.scheduler_config.enable_chunked_prefill
+        self.facts = EngineFacts(
+            startup_limits=BatchLimits(
+                getattr(scheduler, self._limit_name), scheduler.max_num_scheduled_tokens
+            ),
+            total_blocks=max(1, self._usable_blocks() // self._groups),
+            block_size=scheduler.block_size,
+            tokens_per_decode=1 + scheduler.num_spec_tokens,
+            unchunked_prefill_tokens=0 if chunked else config.model_config.max_model_len,
+        )
+        # Requests admitted and not yet finished, and those of them that still prefill.
+        self._admitted: dict[str, Any] = {}
+        self._prefilling: dict[str, Any] = {}
+        self._running_before = 0
+        self._preempted_since = 0
+
+    @property
+    def model_name(self) -> str:
+        """The first served model name, for metric labels."""
+        name = self._scheduler.vllm_config.model_config.served_model_name
+        return str(name[0] if isinstance(name, list) else name)
+
+    @property
+    def engine_index(self) -> int:
+        """The data-parallel rank."""
+        return int(self._scheduler.vllm_config.parallel_config.data_parallel_index)
+
+    def apply(self, limits: BatchLimits) -> None:
+        """Sets both limits for the next `schedule()`."""
+        setattr(self._scheduler, self._limit_name, limits.max_num_seqs)
+        self._scheduler.max_num_scheduled_tokens = limits.max_num_batched_tokens
+
+    def restore(self) -> None:
+        """Puts the start-up limits back."""
+        self.apply(self.facts.startup_limits)
+
+    def snapshot(self, clock_seconds: float, binding: Binding) -> EngineSnapshot:
+        """Reads the state a policy sees; O(1)."""
+        running, waiting = self._scheduler.get_request_counts()
+        return EngineSnapshot(
+            engine=self.facts,
+            clock_seconds=clock_seconds,
+            running=running,
+            waiting=waiting,
+            prefill_seqs=len(self._prefilling),
+            reserved_seqs=self._scheduler.num_waiting_for_streaming_input,
+            used_blocks=self.used_blocks(),
+            binding=binding,
+            read_running=self.read_running,
+            read_waiting=self.read_waiting,
+        )
+
+    def used_blocks(self) -> int:
+        """KV blocks that requests hold, per group."""
+        return (self._usable_blocks() - self._free_blocks()) // self._groups
+
+    def read_running(self) -> Sequence[SequenceState]:
+        """Every sequence in RUNNING; O(N)."""
+        return [_state(request) for request in self._scheduler.running]
+
+    def read_waiting(self, count: int) -> Sequence[SequenceState]:
+        """The next waiting requests; a priority queue shows only its head."""
+        queue = self._scheduler.waiting
+        if isinstance(queue, deque):
+            return [_state(request) for request in islice(queue, count)]
+        return [_state(queue.peek_request())] if queue and count else []
+
+    def is_new(self, request: Any) -> bool:
+        """Whether a request about to be added is not another part of a streaming session."""
+        return request.request_id not in self._scheduler.requests
+
+    def before_schedule(self) -> None:
+        """Marks where RUNNING ends, so that the step's admissions can be told apart."""
+        self._running_before = len(self._scheduler.running)
+        self._preempted_since = 0
+
+    def preempting(self, request: Any) -> int:
+        """Notes a preemption about to happen; returns the KV tokens it throws away."""
+        self._preempted_since += 1
+        self._prefilling.pop(request.request_id, None)
+        return int(request.num_computed_tokens)
+
+    def after_schedule(self, output: Any) -> StepContent:
+        """Reads what was scheduled; O(1) and the step's admissions, prefills and completions."""
+        running = self._scheduler.running
+        # Admissions are appended to RUNNING, and vLLM admits nobody in a step that preempted.
+        for request in running[self._running_before - self._preempted_since :]:
+            self._admitted[request.request_id] = request
+            self._prefilling[request.request_id] = request
+        finished = tuple(self._take_finished(output.finished_req_ids))
+        scheduled = output.num_scheduled_tokens
+        prefill_seqs, prefill_tokens = self._count_prefills(scheduled)
+        return StepContent(
+            running=len(running),
+            waiting=self._scheduler.get_request_counts()[1],
+            decode_seqs=len(scheduled) - prefill_seqs,
+            prefill_tokens=prefill_tokens,
+            scheduled_tokens=output.total_num_scheduled_tokens,
+            used_blocks=self.used_blocks(),
+            finished=finished,
+        )
+
+    def is_idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return not any(self._scheduler.get_request_counts())
+
+    def _usable_blocks(self) -> int:
+        return int(self._block_pool.num_gpu_blocks) - 1  # one is vLLM's null block
+
+    def _free_blocks(self) -> int:
+        return int(self._block_pool.get_num_free_blocks())
+
+    def _take_finished(self, request_ids: set[str]) -> Sequence[FinishedRequest]:
+        taken = []
+        for request_id in request_ids:
+            self._prefilling.pop(request_id, None)
+            request = self._admitted.pop(request_id, None)
+            if request is not None:
+                completed = request.status.name not in CUT_SHORT
+                taken.append(
+                    FinishedRequest(request.num_prompt_tokens, request.num_output_tokens, completed)
+                )
+        return taken
+
+    def _count_prefills(self, scheduled: dict[str, int]) -> tuple[int, int]:
+        """Sequences and tokens of prefill in a step; forgets the prompts it completes."""
+        sequences = tokens = 0
+        completed = []
+        for request_id, request in self._prefilling.items():
+            chunk = scheduled.get(request_id, 0)
+            if chunk:
+                sequences += 1
+                tokens += chunk
+            if not request.is_prefill_chunk:
+                completed.append(request_id)
+        for request_id in completed:
+            del self._prefilling[request_id]
+        return sequences, tokens
+
+
+def _state(request: Any) -> SequenceState:
+    computed = request.num_computed_tokens
+    prefills = request.is_prefill_chunk or computed == 0
+    left = max(0, request.num_tokens - computed) if prefills else 0
+    return SequenceState(computed, request.num_output_tokens, left)
