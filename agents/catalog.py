@@ -6,8 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
+from batchpilot.agents.memory import (
+    MemoryCltParameters,
+    MemoryCltPolicy,
+    MemoryParameters,
+    MemoryPolicy,
+)
+from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
 from batchpilot.agents.parameters import ConfigError, Parameters
 from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.sla import SlaGuardedPolicy, SlaParameters, SlaPolicy
 from batchpilot.agents.static import StaticParameters, StaticPolicy
 
 
@@ -21,6 +30,12 @@ class PolicyKind:
 
 POLICIES: dict[str, PolicyKind] = {
     "static": PolicyKind(StaticParameters, StaticPolicy),
+    "memory": PolicyKind(MemoryParameters, MemoryPolicy),
+    "memory-clt": PolicyKind(MemoryCltParameters, MemoryCltPolicy),
+    "memory-peak": PolicyKind(MemoryPeakParameters, MemoryPeakPolicy),
+    "sla": PolicyKind(SlaParameters, SlaPolicy),
+    "sla-guarded": PolicyKind(SlaParameters, SlaGuardedPolicy),
+    "memory+sla": PolicyKind(MemorySlaParameters, MemorySlaPolicy),
 }
 
 

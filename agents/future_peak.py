@@ -7,14 +7,26 @@ sequence finishes, so the whole future is known from one sort.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def future_peak_tokens(held: NDArray[Any], remaining: NDArray[Any]) -> float:
-    """The most KV tokens that these sequences will ever hold together.
+class Peak(NamedTuple):
+    """The moment at which the most KV memory is held.
+
+    Attributes:
+        tokens: KV tokens held then.
+        after_tokens: Decode steps until then.
+    """
+
+    tokens: float
+    after_tokens: float
+
+
+def future_peak(held: NDArray[Any], remaining: NDArray[Any]) -> Peak:
+    """The most KV tokens that these sequences will ever hold together, and when.
 
     With sequences sorted by `remaining` r, longest first, memory when the k-th finishes is
     `sum(held[:k]) + k * r[k]`, and the peak is its maximum over k. The finishing token counts: a
@@ -25,17 +37,24 @@ def future_peak_tokens(held: NDArray[Any], remaining: NDArray[Any]) -> float:
         remaining: Output tokens each still generates, 0 or more; shape (n,).
 
     Returns:
-        The peak in tokens; 0 for no sequence.
+        The peak; (0, 0) for no sequence.
 
     Raises:
         ValueError: The shapes differ.
     """
     _check_shapes(held, remaining)
     if not len(held):
-        return 0.0
+        return Peak(0.0, 0.0)
     order = np.argsort(-remaining)
-    counts = np.arange(1, len(held) + 1)
-    return float(np.max(np.cumsum(held[order]) + counts * remaining[order]))
+    by_length = remaining[order]
+    memory = np.cumsum(held[order]) + np.arange(1, len(held) + 1) * by_length
+    worst = int(np.argmax(memory))
+    return Peak(float(memory[worst]), float(by_length[worst]))
+
+
+def future_peak_tokens(held: NDArray[Any], remaining: NDArray[Any]) -> float:
+    """The tokens of `future_peak`."""
+    return future_peak(held, remaining).tokens
 
 
 def admissible(

@@ -1,0 +1,153 @@
+"""`memory-peak`: admit while the memory that the batch will need at its worst still fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from batchpilot.agents.future_peak import admissible, future_peak
+from batchpilot.agents.lengths import LengthEstimate, LengthEstimator
+from batchpilot.agents.limits import Decision, EngineSnapshot, SequenceState, StepRecord
+from batchpilot.agents.memory import (
+    MemoryParameters,
+    MemoryPolicy,
+    memory_decision,
+    startup_decision,
+)
+from batchpilot.agents.parameters import Parameters, parameter
+from batchpilot.agents.survival import Floats
+
+#: Most waiting requests looked at for one decision; further ones are looked at a step later.
+CANDIDATES = 64
+#: An estimate whose stated error is larger is not used.
+LARGEST_RELATIVE_ERROR = 0.5
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class MemoryPeakParameters(Parameters):
+    """Parameters of `memory-peak`."""
+
+    memory_overflow_probability: float = parameter(
+        0.2, above=0, below=0.5, help="eps_M: how often the peak to come may overflow"
+    )
+    recheck_steps: int = parameter(
+        16, minimum=1, help="steps after which a closed door is tried again without an event"
+    )
+
+
+class MemoryPeakPolicy:
+    """Admits while the peak of the future, not the memory of now, fits the KV cache.
+
+    Formula (after LightLLM's Past-Future scheduler, arXiv:2507.10150): with held tokens c_i and
+    remaining outputs r_i, longest first, memory when the k-th finishes is sum over i <= k of
+    (c_i + r_k). The limit is N + j for the largest j such that N running and the next j waiting
+    requests keep
+
+        max over k of sum_{i<=k} (c_i + r_k) + theta sd <= eta
+
+    The r_i are quantiles of E[remaining | age], spread evenly over (0, 1) as a low-discrepancy
+    sequence, so that they scatter as the true ones do; sd is the standard deviation of the memory
+    held at the peak, sqrt(sum (c_i + t)^2 p_i (1 - p_i)) with p_i the probability of outliving t,
+    and theta = PhiInv(1 - eps_M). c_i counts blocks really held: what prefix caching shares or
+    block ends waste is scaled in.
+
+    Regimes: until lengths are known to within `LARGEST_RELATIVE_ERROR` it is `memory`. Then it lets
+    a batch grow while young sequences still have room to grow old, and closes the door early when
+    many will peak together.
+
+    Limitations: it does not know a request's own length, only the distribution of all; a shift of
+    lengths is learned within some tens of completions. One decision costs O(n log n), so a closed
+    door is tried again only when a sequence ends or after `recheck_steps`.
+    """
+
+    def __init__(self, params: MemoryPeakParameters) -> None:
+        """Starts without lengths."""
+        self._theta = NormalDist().inv_cdf(1 - params.memory_overflow_probability)
+        self._recheck_steps = params.recheck_steps
+        self._by_blocks = MemoryPolicy(MemoryParameters())
+        self._lengths = LengthEstimator()
+        self._decision: Decision | None = None
+        self._steps_since_look = 0
+        self._must_look = True
+
+    def observe(self, step: StepRecord) -> None:
+        """Counts arrivals and completions; notes what may open the door."""
+        self._lengths.observe(step)
+        self._steps_since_look += 1
+        if step.finished or step.preemptions:
+            self._must_look = True
+
+    def decide(self, snapshot: EngineSnapshot) -> Decision:
+        """Looks at every sequence, but only when an admission is at hand."""
+        if not snapshot.waiting:
+            self._must_look = True
+        elif self._must_look or self._steps_since_look >= self._recheck_steps:
+            self._decision = self._look(snapshot)
+        return self._decision or startup_decision(snapshot, "nothing waited yet")
+
+    def _look(self, snapshot: EngineSnapshot) -> Decision:
+        running = snapshot.read_running()
+        lengths = self._lengths.estimate([sequence.output_tokens for sequence in running])
+        self._steps_since_look = 0
+        if lengths is None or lengths.relative_error > LARGEST_RELATIVE_ERROR or not running:
+            self._must_look = True
+            return self._by_blocks.decide(snapshot)
+        most = snapshot.engine.startup_limits.max_num_seqs - snapshot.running
+        waiting = snapshot.read_waiting(min(CANDIDATES, most, snapshot.waiting))
+        admitted = self._admissible(snapshot, running, waiting, lengths)
+        # A door wide open may be open wider; look again as soon as these are in.
+        self._must_look = admitted == len(waiting)
+        return memory_decision(snapshot, snapshot.running + admitted, "peak of future memory")
+
+    def _admissible(
+        self,
+        snapshot: EngineSnapshot,
+        running: Sequence[SequenceState],
+        waiting: Sequence[SequenceState],
+        lengths: LengthEstimate,
+    ) -> int:
+        held, ages = _held_and_ages(running)
+        new_held, new_ages = _held_and_ages(waiting)
+        tokens_in_blocks = snapshot.used_blocks * snapshot.engine.block_size
+        computed = sum(sequence.kv_tokens for sequence in running)
+        scale = tokens_in_blocks / computed if computed and tokens_in_blocks else 1.0
+        remaining = _spread_remaining(np.concatenate((ages, new_ages)), lengths)
+        count = len(held)
+        peak = future_peak(held * scale, remaining[:count])
+        reserve = self._theta * _memory_deviation(held * scale, ages, peak.after_tokens, lengths)
+        return admissible(
+            held * scale,
+            remaining[:count],
+            new_held * scale,
+            remaining[count:],
+            snapshot.engine.kv_capacity_tokens - reserve,
+        )
+
+
+def _held_and_ages(sequences: Sequence[SequenceState]) -> tuple[Floats, Floats]:
+    """Tokens each holds once its prompt is in, and its output tokens so far."""
+    table = np.array(sequences, dtype=np.float64).reshape(len(sequences), 3)
+    return table[:, 0] + table[:, 2], table[:, 1]
+
+
+def _spread_remaining(ages: Floats, lengths: LengthEstimate) -> Floats:
+    """Remaining outputs that scatter as the distribution does: evenly spread quantiles by age."""
+    ranks = np.empty(len(ages))
+    ranks[np.argsort(ages, kind="stable")] = np.arange(1, len(ages) + 1)
+    return lengths.quantile_remaining(ages, (ranks * GOLDEN_RATIO) % 1.0)
+
+
+def _memory_deviation(
+    held: Floats, ages: Floats, after_tokens: float, lengths: LengthEstimate
+) -> float:
+    """Standard deviation of the KV tokens held `after_tokens` decode steps from now."""
+    outlives = lengths.output.survival(ages + after_tokens) / np.maximum(
+        lengths.output.survival(ages), 1e-12
+    )
+    outlives = np.minimum(outlives, 1.0)
+    return float(np.sqrt(np.sum((held + after_tokens) ** 2 * outlives * (1 - outlives))))
