@@ -313,13 +313,16 @@ class Hook:
         self.stats.failures += 1
         self.passthrough_reason = f"an exception in batchpilot's code around {where}()"
         self.decision = None
-        adapter = self._adapter
-        if adapter is not None:
-            adapter.restore()
-            self._limits = adapter.facts.startup_limits
-        self._start_run()
         logger.exception(
-            "batchpilot stops steering this engine after %s; start-up limits are back and vLLM "
-            "goes on by itself",
+            "batchpilot stops steering this engine after %s; the start-up limits come back and "
+            "vLLM goes on by itself",
             self.passthrough_reason,
         )
+        adapter = self._adapter
+        if adapter is not None:
+            try:
+                adapter.restore()
+                self._limits = adapter.facts.startup_limits
+            except Exception:
+                logger.exception("batchpilot could not restore the start-up limits")
+        self._start_run()

@@ -248,8 +248,10 @@ class VllmAdapter:
         self._scheduler.max_num_scheduled_tokens = limits.max_num_batched_tokens
 
     def restore(self) -> None:
-        """Puts the start-up limits back."""
-        self.apply(self.facts.startup_limits)
+        """Puts the start-up limits back, by itself: `apply` may be what failed."""
+        startup = self.facts.startup_limits
+        setattr(self._scheduler, self._limit_name, startup.max_num_seqs)
+        self._scheduler.max_num_scheduled_tokens = startup.max_num_batched_tokens
 
     def snapshot(self, clock_seconds: float, binding: Binding) -> EngineSnapshot:
         """Reads the state a policy sees; O(1)."""

@@ -1,0 +1,271 @@
+"""The hook around vLLM's real scheduler: unseen where it changes nothing, harmless when broken.
+
+The scheduler, its KV-cache manager and its assertions are vLLM's own; only the model is left out.
+"""
+
+import logging
+
+import pytest
+from driving import Flapping, build_core, drive, random_requests
+
+from batchpilot.agents.catalog import POLICIES, PolicySpec
+from batchpilot.agents.limits import BatchLimits, Binding, Decision, Source
+
+SCHEDULING = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+STARTUP = BatchLimits(32, 256)
+
+
+class Fixed:
+    """One decision for ever; remembers what it is shown."""
+
+    def __init__(self, seqs, tokens=256):
+        self.decision = Decision(BatchLimits(seqs, tokens), Source.LEARNED, "test")
+        self.records = []
+
+    def observe(self, step):
+        self.records.append(step)
+
+    def decide(self, snapshot):
+        return self.decision
+
+
+def stock(seed, **config):
+    return drive(build_core(mode="off", **config), random_requests(seed))
+
+
+@SCHEDULING
+@pytest.mark.parametrize("priority", ["fcfs", "priority"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_start_up_limits_schedule_exactly_what_stock_vllm_schedules(
+    seed, priority, async_scheduling
+):
+    config = {"scheduling_policy": priority, "async_scheduling": async_scheduling}
+    steered = drive(build_core(**config), random_requests(seed))
+    assert steered == stock(seed, **config)
+
+
+@SCHEDULING
+def test_observe_decides_but_changes_nothing(async_scheduling):
+    core = build_core(mode="observe", async_scheduling=async_scheduling)
+    core.hook.set_policy(Fixed(seqs=1, tokens=70))
+    assert drive(core, random_requests(0)) == stock(0, async_scheduling=async_scheduling)
+    assert core.hook.decision.limits == BatchLimits(1, 70)
+    assert core.hook.applied_limits == STARTUP
+
+
+@SCHEDULING
+def test_a_sequence_limit_holds_in_every_step(async_scheduling):
+    core = build_core(async_scheduling=async_scheduling)
+    core.hook.set_policy(Fixed(seqs=5))
+    run = drive(core, random_requests(0))
+    assert max(map(len, run.steps)) == 5
+    assert len(run.finished) == 60
+
+
+@SCHEDULING
+def test_a_token_budget_holds_in_every_step(async_scheduling):
+    core = build_core(async_scheduling=async_scheduling)
+    core.hook.set_policy(Fixed(seqs=8, tokens=80))
+    run = drive(core, random_requests(0))
+    assert 64 < max(sum(step.values()) for step in run.steps) <= 80
+    assert len(run.finished) == 60
+
+
+@SCHEDULING
+@pytest.mark.parametrize("prefix_caching", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_limits_flapping_at_random_lose_no_request_and_no_token(
+    seed, prefix_caching, async_scheduling
+):
+    core = build_core(async_scheduling=async_scheduling, enable_prefix_caching=prefix_caching)
+    core.hook.set_policy(Flapping(seed))
+    requests = random_requests(seed, count=30)
+    run = drive(core, requests)
+    assert run.output_tokens == {r.request_id: r.output_tokens for r in requests}
+    assert core.hook.passthrough_reason is None
+
+
+@SCHEDULING
+@pytest.mark.parametrize("name", [name for name in POLICIES])
+def test_every_policy_completes_every_request(name, async_scheduling):
+    core = build_core(async_scheduling=async_scheduling)
+    core.hook.set_policy(PolicySpec.parse(name).build({"itl_slo_ms": 0.5}))
+    requests = random_requests(1)
+    run = drive(core, requests)
+    assert run.output_tokens == {r.request_id: r.output_tokens for r in requests}
+    assert core.hook.passthrough_reason is None
+
+
+@SCHEDULING
+def test_records_account_for_every_token_request_and_preemption(async_scheduling):
+    core = build_core(async_scheduling=async_scheduling)
+    policy = Fixed(seqs=32)
+    core.hook.set_policy(policy)
+    requests = random_requests(2)
+    run = drive(core, requests)
+    records = policy.records
+    prompts = sum(len(r.prompt_token_ids) for r in requests)
+    recomputed = sum(r.recomputed_tokens for r in records)
+    assert sum(r.preemptions for r in records) == core.hook.stats.preemptions > 0
+    assert sum(len(r.arrived) for r in records) == 60
+    assert sum(sum(r.arrived) for r in records) == prompts
+    assert all(r.decode_seqs + bool(r.prefill_tokens) <= r.running + 1 for r in records)
+    scheduled = sum(sum(step.values()) for step in run.steps)
+    assert sum(r.decode_seqs + r.prefill_tokens for r in records) == scheduled
+    # Asynchronous scheduling has a token in flight when it preempts: it is delivered, not remade.
+    slack = 0 if not async_scheduling else core.hook.stats.preemptions
+    outputs = sum(r.output_tokens for r in requests) - len(requests)
+    assert abs(scheduled - (prompts + outputs + recomputed)) <= slack
+    finished = [f for r in records for f in r.finished]
+    assert {(f.prompt_tokens, f.output_tokens) for f in finished} <= {
+        (len(r.prompt_token_ids), r.output_tokens) for r in requests
+    }
+    assert len(finished) >= 59  # the last one ends after the last step
+    assert all(f.completed for f in finished)
+    assert {r.binding for r in records} >= {Binding.NONE, Binding.KV_CACHE}
+
+
+def test_an_aborted_request_is_reported_as_cut_short():
+    core = build_core(async_scheduling=False)
+    policy = Fixed(seqs=32)
+    core.hook.set_policy(policy)
+    requests = random_requests(3, count=10)
+
+    def abort_one(step):
+        if step == 3:
+            core.abort_request("r0")
+
+    run = drive(core, requests, before_step=abort_one)
+    cut = [f for r in policy.records for f in r.finished if not f.completed]
+    assert [f.prompt_tokens for f in cut] == [len(requests[0].prompt_token_ids)]
+    assert len(run.finished) == 9
+
+
+CALL_SITES = [
+    "policy.decide",
+    "policy.observe",
+    "listener",
+    "adapter.is_new",
+    "adapter.before_schedule",
+    "adapter.snapshot",
+    "adapter.apply",
+    "adapter.preempting",
+    "adapter.after_schedule",
+    "adapter.is_idle",
+    "clock",
+]
+
+
+@SCHEDULING
+@pytest.mark.parametrize("fails_at", [0, 20], ids=["at once", "later"])
+@pytest.mark.parametrize("site", CALL_SITES)
+def test_an_exception_anywhere_ends_the_steering_and_nothing_else(
+    site, fails_at, async_scheduling, caplog, monkeypatch
+):
+    core = build_core(async_scheduling=async_scheduling)
+    policy, hook = Fixed(seqs=3, tokens=80), core.hook
+    hook.set_policy(policy)
+    break_at(monkeypatch, hook, policy, site, fails_at)
+    requests = random_requests(4)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.ERROR, logger="vllm.batchpilot"):
+        run = drive(core, requests)
+    assert run.output_tokens == {r.request_id: r.output_tokens for r in requests}
+    if site == "adapter.preempting":  # three sequences never fill this cache
+        assert not logged(caplog)
+        return
+    assert len(logged(caplog)) == 1
+    assert "batchpilot stops steering this engine" in caplog.text
+    assert "broken on purpose" in caplog.text
+    assert not hook.active
+    assert hook.applied_limits == STARTUP
+    assert core.scheduler.max_num_active_reqs == STARTUP.max_num_seqs
+    assert core.scheduler.max_num_scheduled_tokens == STARTUP.max_num_batched_tokens
+
+
+def logged(caplog):
+    """What batchpilot logged; one record may reach the capture through two loggers."""
+    ours = [r for r in caplog.records if r.name == "vllm.batchpilot" and r.levelname != "INFO"]
+    return list({id(record): record for record in ours}.values())
+
+
+def break_at(monkeypatch, hook, policy, site, fails_at):
+    """Makes one call site raise from its `fails_at`-th call on."""
+    calls = 0
+
+    def wrap(function):
+        def broken(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > fails_at:
+                raise RuntimeError("broken on purpose")
+            return function(*args, **kwargs)
+
+        return broken
+
+    if site == "listener":
+        hook.set_listener(wrap(lambda record: None))
+    elif site == "clock":
+        hook.set_clock(wrap(lambda: 0.0))
+    else:
+        owner = {"policy": policy, "adapter": hook._adapter}[site.split(".")[0]]
+        name = site.split(".")[1]
+        monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def test_a_failure_while_preempting_leaves_the_preemption_to_vllm(monkeypatch, caplog):
+    core = build_core(async_scheduling=False)
+    policy = Fixed(seqs=32)
+    core.hook.set_policy(policy)
+    break_at(monkeypatch, core.hook, policy, "adapter.preempting", 2)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert drive(core, random_requests(0)) == stock(0, async_scheduling=False)
+    assert len(logged(caplog)) == 1
+    assert not core.hook.active
+
+
+def test_a_new_policy_takes_over_after_a_failed_one(monkeypatch):
+    core = build_core()
+    broken = Fixed(seqs=3)
+    core.hook.set_policy(broken)
+    break_at(monkeypatch, core.hook, broken, "policy.decide", 0)
+    drive(core, random_requests(0))
+    assert not core.hook.active
+    core.hook.set_policy(Fixed(seqs=4))
+    run = drive(core, random_requests(1))
+    assert core.hook.active
+    assert max(map(len, run.steps)) == 4
+
+
+@pytest.mark.parametrize("missing", ["block_size", "kv_cache_manager"])
+def test_a_scheduler_that_lacks_a_part_runs_as_stock_vllm(missing, caplog, monkeypatch):
+    from batchpilot.scheduler_hook import vllm_adapter
+
+    monkeypatch.setattr(
+        vllm_adapter, "PARTS", (*vllm_adapter.PARTS, f"{missing}_renamed_in_a_later_release")
+    )
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="vllm.batchpilot"):
+        core = build_core()
+    assert f"has no {missing}_renamed_in_a_later_release" in core.hook.passthrough_reason
+    assert [r.levelname for r in logged(caplog)] == ["WARNING"]
+    assert drive(core, random_requests(0)) == stock(0)
+    with pytest.raises(RuntimeError, match="does not steer this engine"):
+        core.hook.snapshot()
+
+
+@pytest.mark.parametrize(
+    ("version", "known"),
+    [("0.15.1", False), ("0.16.0", True), ("0.32.0+cpu", True), ("0.34.0", False), ("dev", False)],
+)
+def test_only_known_releases_are_steered_unless_the_operator_allows_it(version, known, monkeypatch):
+    from batchpilot.scheduler_hook import vllm_adapter
+
+    core = build_core()
+    monkeypatch.setattr(vllm_adapter, "vllm_version", version)
+    if known:
+        assert vllm_adapter.adapt(core.scheduler)
+    else:
+        with pytest.raises(vllm_adapter.UnsupportedEngineError, match="allow_untested_vllm"):
+            vllm_adapter.adapt(core.scheduler)
+        assert vllm_adapter.adapt(core.scheduler, allow_untested=True)
