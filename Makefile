@@ -28,11 +28,14 @@ lint: setup  ## ruff, import rules, mypy --strict
 	PYTHONPATH=src $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
-test: lint  ## lint, types and every test that is not marked slow or gpu
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST_ARGS)
+test: lint  ## lint, types and every test that is not marked slow, compat or gpu
+	$(BIN)/python -m pytest -m "not slow and not compat and not gpu" $(TEST_ARGS)
 
 test-slow: setup  ## the exhaustive tests
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+compat: setup  ## prove the vLLM adapter against the sources of other releases (downloads wheels)
+	$(BIN)/python -m pytest -m compat -rA tests/test_compat.py $(TEST_ARGS)
 
 clean:  ## remove the environment, caches and results
 	rm -rf $(VENV) .cache results build dist src/*.egg-info

@@ -7,7 +7,6 @@ is a lifetime, and its distribution is estimated as survival analysis does (`age
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +25,8 @@ _FEWEST_STEPS = 8
 # A shift: ends among the newest requests differ from what was expected by so many deviations.
 _SHIFT_DEVIATIONS = 4.0
 _SHIFT_SHARE = 1 / 8
+# By the time it shows, about a quarter of those newest requests came after it.
+_KEPT_PART = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class LengthEstimator:
     grown by an eighth of the longest age seen. Otherwise `estimate` returns the last one.
 
     Shifts: before a rebuild the newest eighth of the window is held against the last estimate
-    (a one-sample log-rank test); four deviations apart, and everything older is forgotten.
+    (a one-sample log-rank test); four deviations apart, and all but a quarter of it is forgotten.
 
     Limitations: beyond the longest completion the tail is extrapolated, and `relative_error`
     grows with its share. Ages are taken to grow one token per decode step: preemptions make the
@@ -152,7 +153,7 @@ class LengthEstimator:
             self._window_start = int(dropped[2])
         self._new_completions += completed
 
-    def estimate(self, ages: Sequence[int]) -> LengthEstimate | None:
+    def estimate(self, ages: ArrayLike) -> LengthEstimate | None:
         """The distribution of lengths now; None before the first completion.
 
         Args:
@@ -203,7 +204,7 @@ class LengthEstimator:
         expected = float(hazards.sum())
         variance = expected * (1 + expected / past.num_ended)
         if (ended - expected) ** 2 > _SHIFT_DEVIATIONS**2 * variance:
-            self._window_start = int(self._finished.keep(newest)[2])
+            self._window_start = int(self._finished.keep(newest // _KEPT_PART)[2])
 
 
 class _Ring:

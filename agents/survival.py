@@ -152,17 +152,20 @@ class SurvivalCurve:
 
     @cached_property
     def _cumulative_body(self) -> Floats:
-        return np.concatenate(([0.0], np.cumsum(self._deaths_over_risk)))
+        sums: Floats = np.concatenate(([0.0], np.cumsum(self._deaths_over_risk)))
+        return sums
 
     def survival(self, age: ArrayLike) -> Floats:
         """P(L > age), for ages of any shape."""
         age = np.asarray(age, dtype=np.float64)
-        return self._survival[self._steps_before(age)] * np.exp(-self._tail_hazard(age))
+        body: Floats = self._survival[self._steps_before(age)]
+        return body * np.exp(-self._tail_hazard(age))
 
     def cumulative_hazard(self, age: ArrayLike) -> Floats:
         """Nelson and Aalen's sum of ends over those at risk up to each age: expected ends."""
         age = np.asarray(age, dtype=np.float64)
-        return self._cumulative_body[self._steps_before(age)] + self._tail_hazard(age)
+        body: Floats = self._cumulative_body[self._steps_before(age)]
+        return body + self._tail_hazard(age)
 
     def mean_remaining(self, age: ArrayLike) -> Floats:
         """E[L - age | L > age], for ages of any shape; above 0."""
@@ -184,7 +187,7 @@ class SurvivalCurve:
         age = np.asarray(age, dtype=np.float64)
         share = 1.0 - np.asarray(probability, dtype=np.float64)
         if not np.all((share > 0) & (share <= 1)):
-            raise ValueError(f"probability={probability} must be in [0, 1)")
+            raise ValueError(f"probability={probability!r} must be in [0, 1)")
         target = share * self._survival[self._steps_before(age)]
         # The curve falls, searchsorted wants it to rise; rounding must not skip a step.
         step = np.searchsorted(-self._survival, -target * (1 + 1e-12), side="left")
@@ -192,7 +195,8 @@ class SurvivalCurve:
         end = self._ages[np.clip(step - 1, 0, len(self._ages) - 1)]
         if in_tail.any():
             end = np.where(in_tail, self._tail_end(age, share, target), end)
-        return np.maximum(np.ceil(end - age - 1e-9), 1.0)
+        whole: Floats = np.maximum(np.ceil(end - age - 1e-9), 1.0)
+        return whole
 
     def _steps_before(self, age: Floats) -> NDArray[np.intp]:
         return np.searchsorted(self._ages, age, side="right")
@@ -201,7 +205,8 @@ class SurvivalCurve:
         """Hazard gathered in the tail up to each age; 0 in the body."""
         segment = np.maximum(np.searchsorted(self._knots, age, side="right") - 1, 0)
         gathered = self._cumulative[segment] + self._rates[segment] * (age - self._knots[segment])
-        return np.maximum(gathered, 0.0)
+        positive: Floats = np.maximum(gathered, 0.0)
+        return positive
 
     def _tail_mean(self, age: Floats) -> Floats:
         """Mean residual life at ages in the tail."""
@@ -210,7 +215,8 @@ class SurvivalCurve:
         last = segment == len(self._knots) - 1
         span = np.where(last, np.inf, self._knots[following] - age)
         outlives = np.exp(-self._rates[segment] * span)
-        return (1 - outlives) / self._rates[segment] + outlives * self._residual[following]
+        mean: Floats = (1 - outlives) / self._rates[segment] + outlives * self._residual[following]
+        return mean
 
     def _tail_end(self, age: Floats, share: Floats, target: Floats) -> Floats:
         """Age in the tail at which survival has fallen to `target`, or by `share` from there."""
@@ -220,7 +226,9 @@ class SurvivalCurve:
             np.log(np.maximum(self.tail_weight, 1e-300) / target),
         )
         segment = np.maximum(np.searchsorted(self._cumulative, gathered, side="right") - 1, 0)
-        return self._knots[segment] + (gathered - self._cumulative[segment]) / self._rates[segment]
+        beyond = (gathered - self._cumulative[segment]) / self._rates[segment]
+        end: Floats = self._knots[segment] + beyond
+        return end
 
 
 def _kaplan_meier(sample: SurvivalSample) -> _Body:
@@ -322,7 +330,8 @@ def _lognormal_hazard(ages: Floats, sigmas: Floats, start: float, weight: float)
     with np.errstate(divide="ignore"):
         z = np.log(ages / start) / sigmas + NormalDist().inv_cdf(1 - weight)
     upper = [0.5 * math.erfc(value * math.sqrt(0.5)) for value in z.ravel().tolist()]
-    return -np.log(np.maximum(upper, 1e-300)).reshape(z.shape)
+    hazard: Floats = -np.log(np.maximum(upper, 1e-300))
+    return hazard.reshape(z.shape)
 
 
 def _fit_lognormal(cells: _Cells, start: float, weight: float) -> tuple[float, float]:

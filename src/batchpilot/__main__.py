@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchpilot import __version__
+from batchpilot.agents.parameters import ConfigError
 
 EXIT_INTERRUPTED = 130
 EXIT_BAD_INPUT = 2
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     try:
         return int(module.run(parser.parse_args(arguments[1:])))
+    except ConfigError as error:
+        print(f"batchpilot {name}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"batchpilot {name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
