@@ -52,11 +52,6 @@ def future_peak(held: NDArray[Any], remaining: NDArray[Any]) -> Peak:
     return Peak(float(memory[worst]), float(by_length[worst]))
 
 
-def future_peak_tokens(held: NDArray[Any], remaining: NDArray[Any]) -> float:
-    """The tokens of `future_peak`."""
-    return future_peak(held, remaining).tokens
-
-
 def admissible(
     held: NDArray[Any],
     remaining: NDArray[Any],

@@ -80,7 +80,7 @@ class MemoryPolicy:
         return self._decision
 
     def limit(self, snapshot: EngineSnapshot) -> int:
-        """b for a snapshot with running sequences that hold blocks."""
+        """The b of a snapshot with running sequences that hold blocks."""
         fillable = snapshot.engine.total_blocks * self._factor
         limit = int(fillable * snapshot.running / snapshot.used_blocks)
         return min(max(limit, snapshot.running), snapshot.engine.startup_limits.max_num_seqs)

@@ -23,6 +23,8 @@ from batchpilot.agents.survival import Floats
 
 #: Most waiting requests looked at for one decision; further ones are looked at a step later.
 CANDIDATES = 64
+#: A look costs O(N); one every N / 32 steps at most keeps a step O(1) on average.
+SEQUENCES_LOOKED_AT_PER_STEP = 32
 #: An estimate whose stated error is larger is not used.
 LARGEST_RELATIVE_ERROR = 0.5
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -61,8 +63,9 @@ class MemoryPeakPolicy:
     many will peak together.
 
     Limitations: it does not know a request's own length, only the distribution of all; a shift of
-    lengths is learned within some tens of completions. One decision costs O(n log n), so a closed
-    door is tried again only when a sequence ends or after `recheck_steps`.
+    lengths is learned within some tens of completions. A look at every sequence costs O(N log N),
+    so a closed door is tried again only when a sequence ends or after `recheck_steps`, and at most
+    every N / 32 steps; in between, one that ends makes room for one that waits.
     """
 
     def __init__(self, params: MemoryPeakParameters) -> None:
@@ -86,9 +89,14 @@ class MemoryPeakPolicy:
         """Looks at every sequence, but only when an admission is at hand."""
         if not snapshot.waiting:
             self._must_look = True
-        elif self._must_look or self._steps_since_look >= self._recheck_steps:
+        elif self._may_look(snapshot.running):
             self._decision = self._look(snapshot)
         return self._decision or startup_decision(snapshot, "nothing waited yet")
+
+    def _may_look(self, running: int) -> bool:
+        if not self._must_look:
+            return self._steps_since_look >= self._recheck_steps
+        return self._steps_since_look >= running // SEQUENCES_LOOKED_AT_PER_STEP
 
     def _look(self, snapshot: EngineSnapshot) -> Decision:
         running = snapshot.read_running()

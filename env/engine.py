@@ -105,6 +105,14 @@ class Engine(Protocol):
         """Frees everything it holds; further calls are errors."""
 
 
+class HookTotals(Protocol):
+    """The hook's running totals."""
+
+    preemptions: int
+    recomputed_tokens: int
+    hook_seconds: float
+
+
 class SchedulerHook(Protocol):
     """What an engine uses of the hook inside its scheduler, found at `scheduler.batchpilot`."""
 
@@ -123,6 +131,10 @@ class SchedulerHook(Protocol):
     @property
     def passthrough_reason(self) -> str | None:
         """Why the hook leaves vLLM alone for good; None while it steers."""
+
+    @property
+    def stats(self) -> HookTotals:
+        """Totals since the engine started."""
 
     def snapshot(self) -> EngineSnapshot:
         """What the policy would see now."""

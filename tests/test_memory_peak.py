@@ -1,0 +1,121 @@
+"""`memory-peak`: what it falls back to, when it looks, and that what it admits fits."""
+
+import numpy as np
+import pytest
+
+from batchpilot.agents.limits import (
+    BatchLimits,
+    EngineFacts,
+    EngineSnapshot,
+    FinishedRequest,
+    SequenceState,
+    StepRecord,
+)
+from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
+
+FACTS = EngineFacts(BatchLimits(256, 2048), total_blocks=500, block_size=16)  # 8,000 tokens
+
+
+class Queue:
+    """Running and waiting sequences; counts how often they are read."""
+
+    def __init__(self, running, waiting):
+        self.running, self.waiting, self.reads = running, waiting, 0
+
+    def snapshot(self):
+        used = sum(-(-s.kv_tokens // 16) for s in self.running)
+        return EngineSnapshot(
+            FACTS,
+            0.0,
+            running=len(self.running),
+            waiting=len(self.waiting),
+            used_blocks=used,
+            read_running=self._read_running,
+            read_waiting=lambda count: self.waiting[:count],
+        )
+
+    def _read_running(self):
+        self.reads += 1
+        return self.running
+
+
+def step(**content):
+    return StepRecord(0.02, 8, content.pop("decode_seqs", 8), 0, **content)
+
+
+def taught(output_tokens, prompt_tokens=100, count=200, epsilon=0.2):
+    """A policy that has seen `count` requests finish."""
+    policy = MemoryPeakPolicy(MemoryPeakParameters(memory_overflow_probability=epsilon))
+    for _ in range(count):
+        finished = (FinishedRequest(prompt_tokens, output_tokens, True),)
+        policy.observe(step(finished=finished, arrived=(prompt_tokens,)))
+    return policy
+
+
+def test_until_something_has_finished_it_sizes_by_the_blocks_held_now():
+    policy = MemoryPeakPolicy(MemoryPeakParameters())
+    queue = Queue([SequenceState(160, 10, 0)] * 10, [SequenceState(0, 0, 150)] * 50)
+    decision = policy.decide(queue.snapshot())
+    assert decision.limits.max_num_seqs == int(500 * 0.95 / 10)
+    assert decision.reason == "blocks held per sequence now"
+
+
+def test_equal_lengths_admit_exactly_what_fits_at_the_peak():
+    # Ten sequences, each at 192 of its 304 tokens (19 whole blocks); each newcomer ends at 304,
+    # when the ten are long gone: 112 steps from now they hold 10 * 304, newcomers 216 each.
+    policy = taught(output_tokens=204)
+    queue = Queue([SequenceState(192, 92, 0)] * 10, [SequenceState(0, 0, 100)] * 60)
+    limit = policy.decide(queue.snapshot()).limits.max_num_seqs
+    fit_at_first_peak = (8000 - 10 * 304) // (100 + 112)
+    fit_at_last_peak = 8000 // 304
+    assert limit == 10 + min(fit_at_first_peak, fit_at_last_peak)
+
+
+def test_old_sequences_about_to_end_leave_more_room_than_young_ones():
+    waiting = [SequenceState(0, 0, 100)] * 60
+    old = Queue([SequenceState(280, 180, 0)] * 20, waiting)
+    young = Queue([SequenceState(280, 20, 0)] * 20, waiting)  # long prompts, just begun
+    limits = [taught(200).decide(q.snapshot()).limits.max_num_seqs for q in (old, young)]
+    assert limits[0] > limits[1] >= 20
+
+
+def test_a_smaller_overflow_probability_admits_fewer():
+    rng = np.random.default_rng(0)
+    limits = []
+    for epsilon in (0.01, 0.1, 0.4):
+        policy = MemoryPeakPolicy(MemoryPeakParameters(memory_overflow_probability=epsilon))
+        for length in np.ceil(np.random.default_rng(1).exponential(150, 400)).astype(int):
+            finished = (FinishedRequest(100, int(length), True),)
+            policy.observe(step(finished=finished, arrived=(100,)))
+        ages = rng.integers(1, 150, 20).tolist()
+        running = [SequenceState(100 + age, age, 0) for age in ages]
+        queue = Queue(running, [SequenceState(0, 0, 100)] * 60)
+        limits.append(policy.decide(queue.snapshot()).limits.max_num_seqs)
+    assert limits == sorted(limits)
+    assert limits[0] < limits[-1]
+
+
+def test_it_reads_the_sequences_only_when_an_admission_is_at_hand():
+    policy = taught(output_tokens=200)
+    queue = Queue([SequenceState(480, 180, 0)] * 16, [])
+    for _ in range(10):
+        policy.decide(queue.snapshot())
+    assert queue.reads == 0  # nothing waits
+    queue.waiting = [SequenceState(0, 0, 3000)] * 3
+    for _ in range(10):
+        policy.decide(queue.snapshot())
+        policy.observe(step())
+    assert queue.reads == 1  # the door is closed, and nothing has happened since
+    policy.observe(step(finished=(FinishedRequest(100, 200, True),)))
+    policy.decide(queue.snapshot())
+    assert queue.reads == 2
+
+
+@pytest.mark.parametrize("running", [1, 40, 256])
+def test_the_limit_stays_between_n_and_b_max(running):
+    policy = taught(output_tokens=200)
+    queue = Queue([SequenceState(31, 1, 0)] * running, [SequenceState(0, 0, 5)] * 500)
+    for _ in range(20):
+        limit = policy.decide(queue.snapshot()).limits.max_num_seqs
+        assert running <= limit <= 256
+        policy.observe(step(finished=(FinishedRequest(30, 2, True),)))
