@@ -100,13 +100,14 @@ class MemoryPeakPolicy:
 
     def _look(self, snapshot: EngineSnapshot) -> Decision:
         running = snapshot.read_running()
-        lengths = self._lengths.estimate([sequence.output_tokens for sequence in running])
+        most = snapshot.engine.startup_limits.max_num_seqs - snapshot.running
+        waiting = snapshot.read_waiting(min(CANDIDATES, most, snapshot.waiting))
+        # Preempted requests wait at the head of the queue; they too have an age.
+        lengths = self._lengths.estimate([s.output_tokens for s in (*running, *waiting)])
         self._steps_since_look = 0
         if lengths is None or lengths.relative_error > LARGEST_RELATIVE_ERROR or not running:
             self._must_look = True
             return self._by_blocks.decide(snapshot)
-        most = snapshot.engine.startup_limits.max_num_seqs - snapshot.running
-        waiting = snapshot.read_waiting(min(CANDIDATES, most, snapshot.waiting))
         admitted = self._admissible(snapshot, running, waiting, lengths)
         # A door wide open may be open wider; look again as soon as these are in.
         self._must_look = admitted == len(waiting)

@@ -1,6 +1,7 @@
 """Policies by name: the text form and its errors."""
 
 import pytest
+
 from batchpilot.agents.catalog import POLICIES, PolicySpec
 from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot, Source
 from batchpilot.agents.parameters import ConfigError

@@ -103,4 +103,4 @@ def test_a_later_smaller_request_does_not_jump_the_queue():
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"held has shape \(2,\) and remaining \(1,\)"):
-        future_peak(np.zeros(2), np.zeros(1)).tokens
+        future_peak(np.zeros(2), np.zeros(1))

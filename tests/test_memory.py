@@ -5,6 +5,9 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from batchpilot.agents.limits import (
     BatchLimits,
     EngineFacts,
@@ -20,8 +23,6 @@ from batchpilot.agents.memory import (
     MemoryPolicy,
     chance_constrained_limit,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 FACTS = EngineFacts(BatchLimits(256, 2048), total_blocks=1000, block_size=16)
 

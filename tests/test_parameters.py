@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import pytest
+
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 
 

@@ -1,10 +1,11 @@
 """The shield: whatever is proposed, what comes out is safe and as near as can be."""
 
 import pytest
-from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot
-from batchpilot.agents.shield import Clamp, SafetyBounds, shield
 from hypothesis import given
 from hypothesis import strategies as st
+
+from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot
+from batchpilot.agents.shield import Clamp, SafetyBounds, shield
 
 STARTUP = BatchLimits(256, 2048)
 FACTS = EngineFacts(STARTUP, total_blocks=1000, block_size=16)

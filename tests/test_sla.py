@@ -1,6 +1,9 @@
 """Algorithm 2: every branch in exact numbers, and what holds whatever it is fed."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from batchpilot.agents.limits import BatchLimits, Binding, EngineFacts, EngineSnapshot, StepRecord
 from batchpilot.agents.sla import (
     Interval,
@@ -9,8 +12,6 @@ from batchpilot.agents.sla import (
     SlaParameters,
     SlaPolicy,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 FACTS = EngineFacts(BatchLimits(256, 2048), total_blocks=10_000, block_size=16)
 SEARCH = SearchRange(min_num_seqs=1, max_num_seqs=256, alpha=16, delta=4)
