@@ -161,7 +161,7 @@ def test_every_run_is_steered_by_its_own_policy():
 
 
 def test_the_warm_up_is_short_and_discarded():
-    engine = QueueEngine()
+    engine = QueueEngine(total_blocks=10_000)
     one = Round(1, 0, tuple(at(*[5.0] * 40, output_tokens=50)))
     runs = run_bench(engine, parse_contestants("static", {}), [one], Slo(), Quiet())
     assert len(runs) == 1

@@ -1,0 +1,1 @@
+"""`batchpilot bench`: one workload, several policies, one engine, and a fair comparison."""

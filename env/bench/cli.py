@@ -1,0 +1,164 @@
+"""Run one workload under several policies on one engine, and compare them.
+
+All policies serve the same requests on the same engine, in interleaved rounds after a discarded
+warm-up. Prints tables, and writes results.json and one self-contained report.html. Nothing starts
+before every setting has been checked; a bench that is interrupted writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from contextlib import closing
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from rich.console import Console
+
+from batchpilot.env.bench import measure
+from batchpilot.env.bench.contestants import describe_policies
+from batchpilot.env.bench.environment import read_environment
+from batchpilot.env.bench.figures import PAPER, render, timeline_figure
+from batchpilot.env.bench.plan import BenchPlan, open_engine, prepare
+from batchpilot.env.bench.progress import show_progress
+from batchpilot.env.bench.report import render_report
+from batchpilot.env.bench.results import BenchResults, to_json_text, write_whole
+from batchpilot.env.bench.runner import EngineStalledError, run_bench
+from batchpilot.env.bench.settings import BenchSettings, option
+from batchpilot.env.bench.summary import headline, summarise
+from batchpilot.env.bench.table import print_tables
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+# Where the output is no terminal its width is unknown; the tables fit this.
+PLAIN_WIDTH = 100
+
+EXAMPLES = """\
+examples:
+  batchpilot bench --engine live --model tiny --policies static,watermark:0.05,memory
+  batchpilot bench --engine live --policies static:max_num_seqs=16,static:max_num_seqs=64,static
+  batchpilot bench --engine live --workload chat --arrivals poisson:4 --itl-slo-ms 50 \\
+      --ttft-slo-ms 2000 --policies static,sla-guarded,memory+sla
+  batchpilot bench --engine live --workload trace.csv --rate-scale 2 --html trace.html"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds an option per setting; values are checked by `BenchSettings`, in one place."""
+    for item in fields(BenchSettings):
+        text = str(item.metadata["help"]).replace("%", "%%")
+        if item.default is not MISSING and item.default is not None:
+            text += f" (default: {item.default})"
+        parser.add_argument(
+            option(item.name),
+            default=item.default,
+            choices=item.metadata["choices"] or None,
+            metavar=_METAVARS.get(item.name, "N"),
+            help=text,
+        )
+    parser.epilog = "\n\n".join((_policies_text(), _definitions_text(), EXAMPLES))
+
+
+_METAVARS = {
+    "engine": "live",
+    "model": "NAME",
+    "policies": "A,B,C",
+    "workload": "NAME|CSV",
+    "arrivals": "HOW",
+    "rate_scale": "X",
+    "itl_slo_ms": "MS",
+    "ttft_slo_ms": "MS",
+    "json": "FILE",
+    "html": "FILE",
+    "plot": "FILE",
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the bench; returns its exit status.
+
+    Raises:
+        ConfigError: A setting that cannot be used; nothing has been started or written.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    settings = BenchSettings(**{f.name: getattr(args, f.name) for f in fields(BenchSettings)})
+    plan = prepare(settings)
+    progress = Console(stderr=True)
+    try:
+        results = _measure(plan, progress)
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written")
+        return EXIT_INTERRUPTED
+    except EngineStalledError as error:
+        _complain(f"{error}; nothing was written")
+        return EXIT_FAILED
+    _print_results(results)
+    try:
+        _write_results(results, settings)
+    except OSError as error:
+        _complain(f"cannot write the results: {error.strerror or error}")
+        return EXIT_FAILED
+    written = ", ".join(str(path) for path in settings.output_files)
+    progress.print(f"wrote {written}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _measure(plan: BenchPlan, console: Console) -> BenchResults:
+    """Starts the engine, runs every round, and closes it again."""
+    settings = plan.settings
+    console.print(f"starting the {settings.engine} engine with {settings.model}", highlight=False)
+    with closing(open_engine(plan)) as engine:
+        facts = engine.facts
+        runs = len(plan.contestants) * settings.rounds
+        with show_progress(console, runs, settings.rounds) as progress:
+            measured = run_bench(engine, plan.contestants, plan.rounds, settings.slo, progress)
+    config = settings.to_json() | {
+        "max_model_len": plan.max_model_len,
+        "kv_capacity_tokens": facts.kv_capacity_tokens,
+    }
+    return BenchResults(
+        engine=settings.engine,
+        model=settings.model,
+        workload=plan.workload_to_json(),
+        config=config,
+        environment=read_environment(),
+        command=settings.command(),
+        runs=tuple(measured),
+    )
+
+
+def _print_results(results: BenchResults) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH)
+    summaries = summarise(results)
+    print_tables(summaries, console)
+    console.print(headline(summaries), highlight=False, markup=False)
+
+
+def _write_results(results: BenchResults, settings: BenchSettings) -> None:
+    """Writes the numbers first: they are what took the time."""
+    write_whole(Path(settings.json), to_json_text(results))
+    write_whole(Path(settings.html), render_report(results))
+    if settings.plot is not None:
+        picture = render(lambda: timeline_figure(results, PAPER), PAPER, settings.plot_kind)
+        write_whole(Path(settings.plot), picture)
+
+
+def _complain(text: str) -> None:
+    print(f"batchpilot bench: {text}", file=sys.stderr)
+
+
+def _policies_text() -> str:
+    listing = describe_policies()
+    width = max(len(name) for name, _ in listing)
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in listing]
+    return "\n".join(
+        ["policies (parameters follow the name, as in static:max_num_seqs=64):", *lines]
+    )
+
+
+def _definitions_text() -> str:
+    """The definitions, from the one place that has them."""
+    _, _, definitions = (measure.__doc__ or "").partition("\n\n")
+    return f"definitions:\n{definitions.partition(chr(10) * 2)[2].strip()}"

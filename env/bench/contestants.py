@@ -1,0 +1,102 @@
+"""Who takes part in a bench: our policies, and stock vLLM with its own watermark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from batchpilot.agents.catalog import POLICIES, PolicySpec
+from batchpilot.agents.parameters import ConfigError, Parameters, parameter
+from batchpilot.agents.policy import LimitPolicy
+from batchpilot.env.engine import Engine
+
+WATERMARK = "watermark"
+WATERMARK_SUMMARY = "stock vLLM that keeps this share of KV blocks free at admission"
+
+
+@dataclass(frozen=True)
+class _Watermark(Parameters):
+    """The share of KV blocks that stock vLLM keeps free."""
+
+    watermark: float = parameter(above=0, below=1, help=WATERMARK_SUMMARY)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What steers the engine in a run.
+
+    Attributes:
+        label: The text it was asked for by; names it in tables, files and plots.
+        spec: Our policy, or None for stock vLLM.
+        watermark: vLLM's own setting; 0 except for `watermark:SHARE`.
+    """
+
+    label: str
+    spec: PolicySpec | None = None
+    watermark: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Contestant:
+        """Reads `name`, `name:key=value:...` or `watermark:SHARE`.
+
+        Raises:
+            ConfigError: The text has another form. Names and keys are checked by `build`.
+        """
+        label = text.strip()
+        if not label:
+            raise ConfigError("a policy's name is empty; write them as a,b,c")
+        name, _, share = label.partition(":")
+        if name != WATERMARK:
+            return cls(label, PolicySpec.parse(label))
+        if not share:
+            raise ConfigError(f"policy {label!r} needs its share, such as {WATERMARK}:0.05")
+        values = {WATERMARK: share.removeprefix(f"{WATERMARK}=")}
+        read = _Watermark.from_mapping(values, where=f"policy {label!r}")
+        return cls(label, None, read.watermark)
+
+    def build(self, defaults: Mapping[str, Any]) -> LimitPolicy | None:
+        """A fresh policy object, or None where vLLM is left alone.
+
+        Raises:
+            ConfigError: Unknown policy or key, or a value that does not fit.
+        """
+        try:
+            return None if self.spec is None else self.spec.build(defaults)
+        except ConfigError as error:
+            if self.spec is not None and self.spec.name not in POLICIES:
+                raise ConfigError(f"{error}, {WATERMARK}:SHARE") from None
+            raise
+
+    def steer(self, engine: Engine, defaults: Mapping[str, Any]) -> None:
+        """Puts a fresh policy in charge of the engine."""
+        engine.set_policy(self.build(defaults), watermark=self.watermark)
+
+
+def parse_contestants(text: str, defaults: Mapping[str, Any]) -> tuple[Contestant, ...]:
+    """Reads a comma-separated list, and checks that every policy can be built.
+
+    Args:
+        text: Such as `static,watermark:0.05,memory:memory_factor=0.9`.
+        defaults: Shared settings such as `itl_slo_ms`, for the policies that take them.
+
+    Raises:
+        ConfigError: Malformed, unknown, or the same one twice.
+    """
+    contestants = tuple(Contestant.parse(part) for part in text.split(","))
+    labels = [contestant.label for contestant in contestants]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"policy {label!r} is given twice; use --rounds to repeat")
+    for contestant in contestants:
+        contestant.build(defaults)
+    return contestants
+
+
+def describe_policies() -> list[tuple[str, str]]:
+    """Every name that can be asked for, with one line that says what it does."""
+    listing = []
+    for name, kind in POLICIES.items():
+        text = kind.build.__doc__ or kind.parameters.__doc__ or ""
+        listing.append((name, text.strip().partition("\n")[0]))
+    return [*listing, (f"{WATERMARK}:SHARE", WATERMARK_SUMMARY)]

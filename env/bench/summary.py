@@ -1,0 +1,183 @@
+"""A bench's numbers, one summary per policy over all rounds, and how numbers are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from batchpilot.env.bench.measure import Distribution, RunMeasurement
+from batchpilot.env.bench.results import BenchResults
+
+MISSING = "-"
+LATENCY_NAMES = ("ITL", "TPOT", "TTFT")
+STATISTICS = ("mean", "p50", "p95", "p99")
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """One number over the rounds.
+
+    Attributes:
+        median: The middle one.
+        low: The least.
+        high: The greatest.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> Spread | None:
+        """None where no round has the number."""
+        known = [value for value in values if value is not None]
+        return cls(median(known), min(known), max(known)) if known else None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySummary:
+    """What one policy did over all rounds; None where no round has the number.
+
+    Attributes:
+        policy: Its label.
+        submitted: Requests of all rounds; completed and failed likewise.
+        completed: Those that gave every token.
+        failed: The others.
+        output_tokens: A round's.
+        output_tokens_per_s: A round's.
+        ratio: Median tokens/s over the first policy's.
+        preemptions: A round's.
+        recomputed_tokens: A round's.
+        mean_running: A round's mean over time.
+        peak_running: Most of any round.
+        least_limit: Least `max_num_seqs` applied in any step.
+        greatest_limit: Greatest `max_num_seqs` applied in any step.
+        slo_attainment: A round's share, 0 to 1.
+        goodput_per_s: A round's.
+        latencies: Milliseconds by LATENCY_NAMES, then by STATISTICS.
+    """
+
+    policy: str
+    submitted: int
+    completed: int
+    failed: int
+    output_tokens: Spread | None
+    output_tokens_per_s: Spread | None
+    ratio: float | None
+    preemptions: Spread | None
+    recomputed_tokens: Spread | None
+    mean_running: Spread | None
+    peak_running: int
+    least_limit: int | None
+    greatest_limit: int | None
+    slo_attainment: Spread | None
+    goodput_per_s: Spread | None
+    latencies: dict[str, dict[str, Spread | None]]
+
+
+def summarise(results: BenchResults) -> list[PolicySummary]:
+    """One summary per policy, in the order they were asked for."""
+    first = spread_over(measurements(results, results.policies[0]), _rate)
+    return [
+        _summarise_policy(policy, measurements(results, policy), first)
+        for policy in results.policies
+    ]
+
+
+def measurements(results: BenchResults, policy: str) -> list[RunMeasurement]:
+    """What one policy's runs gave, by round."""
+    return [run.measurement for run in results.of(policy)]
+
+
+def spread_over(
+    measured: Sequence[RunMeasurement], read: Callable[[RunMeasurement], float | None]
+) -> Spread | None:
+    """One number of every round."""
+    return Spread.of([read(measurement) for measurement in measured])
+
+
+def headline(summaries: Sequence[PolicySummary]) -> str:
+    """What the bench showed in a sentence, which claims nothing that lies within the spread."""
+    first = summaries[0]
+    rated = [summary for summary in summaries if summary.output_tokens_per_s]
+    if len(summaries) == 1 or not rated or first.output_tokens_per_s is None:
+        return f"{first.policy}: {_rate_text(first)}."
+    best = max(rated, key=lambda s: s.output_tokens_per_s.median if s.output_tokens_per_s else 0)
+    if best is first:
+        return f"No policy gave more than {first.policy}: {_rate_text(first)}."
+    text = f"{best.policy}: {_rate_text(best)}, against {_rate_text(first)} for {first.policy}."
+    if best.output_tokens_per_s and best.output_tokens_per_s.low <= first.output_tokens_per_s.high:
+        text += " Their rounds overlap: read no winner from it."
+    return text
+
+
+def number(value: float | None) -> str:
+    """A number with as many digits as help: 6,390 or 87.4 or 0.93."""
+    if value is None:
+        return MISSING
+    if value == int(value) or abs(value) >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
+
+
+def percent(value: float | None) -> str:
+    """A share as per cent."""
+    return MISSING if value is None else f"{value * 100:.1f}%"
+
+
+def limit_text(summary: PolicySummary) -> str:
+    """The limits applied: one number, or least to greatest."""
+    low, high = summary.least_limit, summary.greatest_limit
+    if low is None:
+        return MISSING
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _summarise_policy(
+    policy: str, measured: list[RunMeasurement], first: Spread | None
+) -> PolicySummary:
+    rate = spread_over(measured, _rate)
+    limits = [sample.limits.max_num_seqs for m in measured for sample in m.timeline]
+    return PolicySummary(
+        policy=policy,
+        submitted=sum(m.submitted for m in measured),
+        completed=sum(m.completed for m in measured),
+        failed=sum(m.failed for m in measured),
+        output_tokens=spread_over(measured, lambda m: m.output_tokens),
+        output_tokens_per_s=rate,
+        ratio=rate.median / first.median if rate and first and first.median else None,
+        preemptions=spread_over(measured, lambda m: m.preemptions),
+        recomputed_tokens=spread_over(measured, lambda m: m.recomputed_tokens),
+        mean_running=spread_over(measured, lambda m: m.mean_running),
+        peak_running=max(m.peak_running for m in measured),
+        least_limit=min(limits, default=None),
+        greatest_limit=max(limits, default=None),
+        slo_attainment=spread_over(measured, lambda m: m.slo_attainment),
+        goodput_per_s=spread_over(measured, lambda m: m.goodput_per_s),
+        latencies=_latencies(measured),
+    )
+
+
+def _latencies(measured: list[RunMeasurement]) -> dict[str, dict[str, Spread | None]]:
+    values = {
+        "ITL": [Distribution.of(m.itl_ms) for m in measured],
+        "TPOT": [Distribution.of(m.tpot_ms) for m in measured],
+        "TTFT": [Distribution.of(m.ttft_ms) for m in measured],
+    }
+    return {
+        name: {key: Spread.of([getattr(s, key) for s in rounds]) for key in STATISTICS}
+        for name, rounds in values.items()
+    }
+
+
+def _rate(measured: RunMeasurement) -> float:
+    return measured.output_tokens_per_s
+
+
+def _rate_text(summary: PolicySummary) -> str:
+    rate, preemptions = summary.output_tokens_per_s, summary.preemptions
+    return (
+        f"{number(rate.median if rate else None)} tokens/s with "
+        f"{number(preemptions.median if preemptions else None)} preemptions"
+    )

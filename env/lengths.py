@@ -1,0 +1,116 @@
+"""How long synthetic requests are: prompt and output tokens of each, drawn at random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from batchpilot.agents.parameters import Parameters, parameter
+from batchpilot.env.specs import Kind
+
+
+class Lengths(NamedTuple):
+    """How long one request is, in tokens."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+
+class LengthDistribution(Protocol):
+    """Where lengths come from."""
+
+    def draw(
+        self, rng: np.random.Generator, arrival_seconds: npt.NDArray[np.float64]
+    ) -> Sequence[Lengths]:
+        """Draws one request's lengths for each arrival.
+
+        Args:
+            rng: Source of chance.
+            arrival_seconds: Shape (requests,); for distributions that change as time goes by.
+        """
+
+
+@dataclass(frozen=True)
+class FixedParameters(Parameters):
+    """Every request the same."""
+
+    prompt_tokens: int = parameter(minimum=1, help="tokens of every prompt")
+    output_tokens: int = parameter(minimum=1, help="tokens of every output")
+
+
+class FixedLengths:
+    """Every request has the same lengths."""
+
+    def __init__(self, params: FixedParameters) -> None:
+        """Keeps the pair."""
+        self._lengths = Lengths(params.prompt_tokens, params.output_tokens)
+
+    def draw(
+        self, rng: np.random.Generator, arrival_seconds: npt.NDArray[np.float64]
+    ) -> Sequence[Lengths]:
+        """The same pair for each arrival."""
+        return [self._lengths] * len(arrival_seconds)
+
+
+@dataclass(frozen=True)
+class LognormalParameters(Parameters):
+    """Two lognormal distributions, independent of each other."""
+
+    prompt_mean: float = parameter(minimum=1, help="mean prompt length in tokens")
+    output_mean: float = parameter(minimum=1, help="mean output length in tokens")
+    prompt_sigma: float = parameter(0.8, minimum=0, help="spread of the log of prompt lengths")
+    output_sigma: float = parameter(0.7, minimum=0, help="spread of the log of output lengths")
+    prompt_max: int = parameter(1024, minimum=1, help="longer prompts are cut to this")
+    output_max: int = parameter(1024, minimum=1, help="longer outputs are cut to this")
+
+
+@dataclass(frozen=True)
+class ChatParameters(LognormalParameters):
+    """Short questions and somewhat longer answers; both have a long tail, as real chats do."""
+
+    prompt_mean: float = parameter(100.0, minimum=1, help="mean prompt length in tokens")
+    output_mean: float = parameter(150.0, minimum=1, help="mean output length in tokens")
+
+
+class LognormalLengths:
+    """Lognormal prompt and output lengths, rounded to whole tokens, at least 1.
+
+    Formula: exp(mu + sigma z), z standard normal, mu = ln(mean) - sigma^2 / 2, so that `mean` is
+    the mean of the lengths themselves.
+
+    Limitations: cutting at the maximum lowers the mean a little.
+    """
+
+    def __init__(self, params: LognormalParameters) -> None:
+        """Keeps the parameters."""
+        self._params = params
+
+    def draw(
+        self, rng: np.random.Generator, arrival_seconds: npt.NDArray[np.float64]
+    ) -> Sequence[Lengths]:
+        """Draws all prompts, then all outputs."""
+        p, count = self._params, len(arrival_seconds)
+        prompts = _lognormal_tokens(rng, count, p.prompt_mean, p.prompt_sigma, p.prompt_max)
+        outputs = _lognormal_tokens(rng, count, p.output_mean, p.output_sigma, p.output_max)
+        return [Lengths(*pair) for pair in zip(prompts, outputs, strict=True)]
+
+
+def _lognormal_tokens(
+    rng: np.random.Generator, count: int, mean: float, sigma: float, most: int
+) -> list[int]:
+    mu = math.log(mean) - sigma**2 / 2
+    # The cut comes first: a wide sigma can overflow what an integer holds.
+    tokens = np.clip(rng.lognormal(mu, sigma, count), 1, most)
+    return [int(value) for value in np.rint(tokens)]
+
+
+LENGTHS: dict[str, Kind[LengthDistribution]] = {
+    "chat": Kind(ChatParameters, LognormalLengths),
+    "fixed": Kind(FixedParameters, FixedLengths),
+    "lognormal": Kind(LognormalParameters, LognormalLengths),
+}

@@ -1,0 +1,407 @@
+"""A real vLLM in this process, on whatever device vLLM finds, stepped by hand.
+
+The scheduler inside is batchpilot's own (`batchpilot.scheduler_hook.Scheduler`), named by its
+class path; everything else is vLLM as it is. What an engine measures here is vLLM itself: its
+admission, its preemption, its kernels, its clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from batchpilot.agents.limits import BatchLimits, Decision, EngineFacts, EngineSnapshot, StepRecord
+from batchpilot.agents.parameters import ConfigError, Parameters, parameter
+from batchpilot.agents.policy import LimitPolicy
+from batchpilot.env.engine import EngineRequest, EngineStep, SchedulerHook
+from batchpilot.env.models import ModelSource, resolve_model
+
+logger = logging.getLogger(__name__)
+
+SCHEDULER_CLASS = "batchpilot.scheduler_hook.Scheduler"
+#: Steps that vLLM may need to forget requests that have ended, before something is wrong.
+_MOST_DRAIN_STEPS = 16
+_LOGGING_LEVEL = "VLLM_LOGGING_LEVEL"
+
+
+@dataclass(frozen=True)
+class LiveEngineConfig(Parameters):
+    """How the engine is started; names and meanings are vLLM's unless said.
+
+    Attributes:
+        speculative: vLLM's `speculative_config`, such as
+            `{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}`.
+        extra_engine_args: More of vLLM's `EngineArgs`, by name.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of range, or two that do not go together.
+    """
+
+    model: str = parameter("smollm2-135m", help="smollm2-135m, tiny, or a model folder")
+    max_num_seqs: int = parameter(128, minimum=1, help="start-up limit of running sequences")
+    max_num_batched_tokens: int = parameter(2048, minimum=1, help="start-up limit of a step")
+    kv_blocks: int | None = parameter(
+        None, minimum=2, help="KV blocks, one of which vLLM keeps; None fills the memory it may use"
+    )
+    block_size: int = parameter(32, minimum=1, help="tokens per KV block")
+    max_model_len: int | None = parameter(
+        None, minimum=2, help="longest prompt and output together; None takes the model's"
+    )
+    enable_prefix_caching: bool = parameter(True, help="reuse KV blocks of equal prefixes")
+    enable_chunked_prefill: bool = parameter(True, help="let a prompt span several steps")
+    async_scheduling: bool | None = parameter(
+        None, help="schedule a step ahead; None takes vLLM's choice (on a CPU it is always off)"
+    )
+    scheduling_policy: str = parameter(
+        "fcfs", choices=("fcfs", "priority"), help="which waiting request goes first"
+    )
+    enforce_eager: bool = parameter(True, help="no compilation and no graphs: starts in seconds")
+    seed: int = parameter(0, minimum=0, help="of vLLM's own random choices")
+    speculative: Mapping[str, Any] | None = None
+    extra_engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks each value, then what must hold between them."""
+        super().__post_init__()
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}: each running sequence takes a token of a step"
+            )
+
+
+class LiveEngine:
+    """vLLM in this process, stepped by `step`; implements `batchpilot.env.engine.Engine`.
+
+    One engine at a time: vLLM keeps process-wide state. It is a context manager that closes itself.
+
+    Args:
+        config: How it is started.
+
+    Raises:
+        ConfigError: vLLM refuses the configuration, or the model cannot be found.
+        RuntimeError: The scheduler of this vLLM cannot be steered.
+    """
+
+    def __init__(self, config: LiveEngineConfig) -> None:
+        """Loads the model, which takes seconds."""
+        self.config = config
+        _set_environment()
+        self.model = resolve_model(config.model)
+        started = time.perf_counter()
+        with _quiet_start():
+            self._llm: Any = _start(_vllm_config(config, self.model))
+        logger.info("vLLM is ready after %.1f s", time.perf_counter() - started)
+        self.max_model_len: int = self._llm.model_config.max_model_len
+        self._scheduler: Any = self._llm.engine_core.engine_core.scheduler
+        self._hook: SchedulerHook = self._scheduler.batchpilot
+        self._check_steered()
+        self._started_at = time.perf_counter()
+        self._record: StepRecord | None = None
+        self._unfinished: dict[str, EngineRequest] = {}
+        self._steered = False
+        self._hook.set_policy(None)
+        self._hook.set_listener(self._hear)
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What does not change while it runs."""
+        return self._open_hook().facts
+
+    @property
+    def clock_seconds(self) -> float:
+        """Seconds since the engine was ready."""
+        return time.perf_counter() - self._started_at
+
+    @property
+    def applied_limits(self) -> BatchLimits:
+        """The limits of the newest step."""
+        return self._open_hook().applied_limits
+
+    @property
+    def decision(self) -> Decision | None:
+        """The newest decision behind them, None before the first."""
+        return self._open_hook().decision
+
+    def snapshot(self) -> EngineSnapshot:
+        """What a policy would see now, in this engine's clock."""
+        return dataclasses.replace(self._open_hook().snapshot(), clock_seconds=self.clock_seconds)
+
+    def set_policy(self, policy: LimitPolicy | None, *, watermark: float = 0.0) -> None:
+        """Steers by `policy` from the next step on; None leaves vLLM alone.
+
+        Args:
+            policy: Decides before each step.
+            watermark: vLLM's own share of KV blocks kept free at admission, from 0 to below 1.
+
+        Raises:
+            ValueError: A watermark out of range.
+        """
+        if not 0.0 <= watermark < 1.0:
+            raise ValueError(f"watermark={watermark} must be at least 0 and below 1")
+        self._open_hook().set_policy(policy)
+        self._steered = policy is not None
+        # As vLLM computes it at start, from its own count of blocks.
+        manager = self._scheduler.kv_cache_manager
+        manager.watermark_blocks = int(watermark * self._scheduler.kv_cache_config.num_blocks)
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queues a request; it generates exactly `output_tokens` tokens.
+
+        Raises:
+            ValueError: The engine can never serve it: empty, too long, a token id that the model
+                does not have, or an id in use.
+        """
+        llm = self._open_llm()
+        self._check_request(request)
+        # The type marks a prompt that has been through vLLM's renderer, which tokens need not.
+        prompt = {"type": "token", "prompt_token_ids": list(request.prompt_token_ids)}
+        params = _sampling_params(request.output_tokens)
+        llm.add_request(request.request_id, prompt, params, priority=request.priority)
+        self._unfinished[request.request_id] = request
+
+    def abort_request(self, request_id: str) -> None:
+        """Ends a request early; unknown ids are ignored."""
+        self._open_llm().abort_request([request_id])
+        self._unfinished.pop(request_id, None)
+
+    def abort_all(self) -> int:
+        """Ends every unfinished request, as after Ctrl-C.
+
+        Returns:
+            How many there were.
+        """
+        request_ids = list(self._unfinished)
+        self._open_llm().abort_request(request_ids)
+        self._unfinished.clear()
+        return len(request_ids)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything left to do."""
+        return bool(self._unfinished)
+
+    def step(self) -> EngineStep:
+        """Runs one step; with asynchronous scheduling the first call only queues one.
+
+        Raises:
+            RuntimeError: The policy failed and vLLM now runs by itself: what was measured from
+                here on would not be the policy.
+        """
+        llm = self._open_llm()
+        # vLLM updates its scheduler at most once a call, so at most one record is heard in it.
+        self._record = None
+        outputs = llm.step()
+        clock = self.clock_seconds
+        if self._steered:
+            self._check_steered()
+        new_tokens = {o.request_id: len(o.outputs[0].token_ids) for o in outputs}
+        finished = tuple(output.request_id for output in outputs if output.finished)
+        for request_id in finished:
+            self._unfinished.pop(request_id, None)
+        return EngineStep(
+            clock_seconds=clock,
+            new_tokens={name: count for name, count in new_tokens.items() if count},
+            finished=finished,
+            record=self._record,
+        )
+
+    def wait_until(self, clock_seconds: float) -> None:
+        """Sleeps until the engine's clock is there; returns at once when it is past."""
+        self._open_llm()
+        time.sleep(max(0.0, clock_seconds - self.clock_seconds))
+
+    def reset(self) -> None:
+        """Makes the next run independent of the last: drops the prefix cache.
+
+        Raises:
+            RuntimeError: Requests are still unfinished, or vLLM still holds their blocks.
+        """
+        llm = self._open_llm()
+        if self._unfinished:
+            raise RuntimeError(
+                f"cannot reset with {len(self._unfinished)} unfinished requests; "
+                "step until they finish, or abort_all()"
+            )
+        self._drain()
+        if not llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not drop its prefix cache: blocks are still in use")
+
+    def close(self) -> None:
+        """Shuts vLLM down and frees its memory; a second call does nothing."""
+        if self._llm is None:
+            return
+        llm, self._llm, self._scheduler = self._llm, None, None
+        self._hook.set_listener(None)
+        self._unfinished.clear()
+        llm.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+    def __enter__(self) -> Self:
+        """The engine itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def _hear(self, record: StepRecord) -> None:
+        self._record = record
+
+    def _open_llm(self) -> Any:
+        if self._llm is None:
+            raise RuntimeError("this engine is closed")
+        return self._llm
+
+    def _open_hook(self) -> SchedulerHook:
+        self._open_llm()
+        return self._hook
+
+    def _check_steered(self) -> None:
+        reason = self._hook.passthrough_reason
+        if reason is not None:
+            raise RuntimeError(f"batchpilot does not steer this engine: {reason}")
+
+    def _check_request(self, request: EngineRequest) -> None:
+        """Raises for what vLLM would refuse, or would keep waiting for ever."""
+        name, prompt = request.request_id, request.prompt_token_ids
+        if name in self._unfinished:
+            raise ValueError(f"request id {name!r} is in use")
+        if not prompt:
+            raise ValueError(f"request {name!r}: the prompt is empty")
+        if request.output_tokens < 1:
+            raise ValueError(f"request {name!r}: output_tokens={request.output_tokens} is below 1")
+        if min(prompt) < 0 or max(prompt) >= self.model.vocab_size:
+            raise ValueError(
+                f"request {name!r}: token ids {min(prompt)} to {max(prompt)} are not all in "
+                f"0 to {self.model.vocab_size - 1}"
+            )
+        # The last token is never written to the cache: nothing is generated from it.
+        capacity = self._hook.facts.kv_capacity_tokens + 1
+        longest = min(self.max_model_len, capacity)
+        if len(prompt) + request.output_tokens > longest:
+            raise ValueError(
+                f"request {name!r}: {len(prompt)} prompt + {request.output_tokens} output tokens "
+                f"are more than {longest} (max_model_len {self.max_model_len}, "
+                f"KV cache {capacity - 1} tokens)"
+            )
+
+    def _drain(self) -> None:
+        """Steps until vLLM has forgotten every request that ended, also one scheduled ahead."""
+        core = self._llm.engine_core.engine_core
+        for _ in range(_MOST_DRAIN_STEPS):
+            if not (core.scheduler.has_requests() or core.batch_queue):
+                return
+            self._llm.step()
+        raise RuntimeError(f"vLLM still holds requests {_MOST_DRAIN_STEPS} steps after the last")
+
+
+def _set_environment() -> None:
+    """Sets what vLLM and torch read from the environment, before they are imported.
+
+    The user's own choices win, but for the first: the scheduler must be in this process.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Threads that spin while they wait make vLLM crawl, ten times and more, on a CPU that others
+    # use too; threads that sleep cost a little on one that is idle.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Holds back the many warnings of every start on a CPU, unless the user chose a level.
+
+    vLLM sets its logger up more than once while it starts, so that only a switch above all loggers
+    holds. What really goes wrong is raised.
+    """
+    if _LOGGING_LEVEL in os.environ:
+        yield
+        return
+    os.environ[_LOGGING_LEVEL] = "WARNING"  # what vLLM keeps to once it runs
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.disable(disabled)
+        del os.environ[_LOGGING_LEVEL]
+
+
+def _engine_args(config: LiveEngineConfig, model: ModelSource) -> dict[str, Any]:
+    """The arguments of vLLM's `EngineArgs`."""
+    args: dict[str, Any] = {
+        "model": str(model.path),
+        "load_format": model.load_format,
+        "skip_tokenizer_init": model.skip_tokenizer_init,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "num_gpu_blocks_override": config.kv_blocks,
+        "block_size": config.block_size,
+        "max_model_len": config.max_model_len,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "enable_chunked_prefill": config.enable_chunked_prefill,
+        "async_scheduling": config.async_scheduling,
+        "scheduling_policy": config.scheduling_policy,
+        "speculative_config": dict(config.speculative) if config.speculative else None,
+        "enforce_eager": config.enforce_eager,
+        "seed": config.seed,
+        "disable_log_stats": True,
+        "scheduler_cls": SCHEDULER_CLASS,
+        "additional_config": {"batchpilot": {"mode": "local", "policy": "static"}},
+    }
+    clash = sorted(set(args) & set(config.extra_engine_args))
+    if clash:
+        raise ConfigError(f"extra_engine_args: {clash[0]} is set by this engine; use its own field")
+    return {**args, **config.extra_engine_args}
+
+
+def _sampling_params(output_tokens: int) -> Any:
+    """Greedy, exactly so many tokens, told of as they come."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=output_tokens,
+        ignore_eos=True,
+        temperature=0.0,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _vllm_config(config: LiveEngineConfig, model: ModelSource) -> Any:
+    """Has vLLM check the configuration and complete it."""
+    arguments = _engine_args(config, model)
+    from vllm import EngineArgs
+
+    try:
+        return EngineArgs(**arguments).create_engine_config()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refuses this configuration: {error}") from error
+
+
+def _start(vllm_config: Any) -> Any:
+    """Builds the engine with its core in this process."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
+
+    return LLMEngine(
+        vllm_config,
+        executor_class=Executor.get_class(vllm_config),
+        log_stats=False,
+        multiprocess_mode=False,
+    )
