@@ -28,11 +28,21 @@ lint: setup  ## ruff, import rules, mypy --strict
 	PYTHONPATH=src $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
+# A KV cache of 128 blocks is too small for the load on purpose: memory is what binds.
+demo: setup  ## the real model on a live vLLM: five policies compared, a table and a report
+	$(BIN)/batchpilot bench --engine live --model smollm2-135m --workload chat --num-requests 60 \
+	  --kv-blocks 128 --block-size 32 --max-num-seqs 64 --itl-slo-ms 100 --rounds 3 \
+	  --policies static,watermark:0.05,memory,memory-peak,memory+sla \
+	  --json results/demo.json --html results/demo.html
+
 test: lint  ## lint, types and every test that is not marked slow, compat or gpu
 	$(BIN)/python -m pytest -m "not slow and not compat and not gpu" $(TEST_ARGS)
 
 test-slow: setup  ## the exhaustive tests
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+bench-overhead: setup  ## what batchpilot's code adds to each vLLM step, by policy
+	$(BIN)/python -m batchpilot.env.bench.overhead
 
 compat: setup  ## prove the vLLM adapter against the sources of other releases (downloads wheels)
 	$(BIN)/python -m pytest -m compat -rA tests/test_compat.py $(TEST_ARGS)
