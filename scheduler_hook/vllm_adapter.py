@@ -149,13 +149,15 @@ def adapt(scheduler: Any, *, allow_untested: bool = False) -> VllmAdapter:
 
 
 def _why_unsupported(scheduler: Any, allow_untested: bool) -> str | None:
-    if era_of(vllm_version) is None and not allow_untested:
+    era = era_of(vllm_version)
+    if era is None and not allow_untested:
         return (
             f"vLLM {vllm_version} is not one of the releases it knows "
             f"({OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}); "
             "set allow_untested_vllm to try"
         )
-    missing = [path for path in PARTS if not _has_path(scheduler, path)]
+    needed = (*PARTS, (era or ERAS[-1]).limit)
+    missing = [path for path in needed if not _has_path(scheduler, path)]
     if missing:
         return f"vLLM {vllm_version}'s scheduler has no {missing[0]}"
     model = scheduler.vllm_config.model_config

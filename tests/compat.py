@@ -3,7 +3,7 @@
     python tests/compat.py                  every release, one a minor version from 0.16 to 0.33
     python tests/compat.py 0.24.0 0.25.1    these
 
-Downloads the wheels into `.cache/wheels` (100 MB each, kept), reads the scheduler's sources out of
+Downloads the wheels into `.cache/wheels` (2 GB in all, kept), reads the scheduler's sources out of
 them, and looks in their syntax trees for every attribute, call and comparison the adapter relies
 on. Nothing of a wheel is installed or run. Prints a table; exit code 1 when something is missing.
 """

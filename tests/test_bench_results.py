@@ -149,6 +149,12 @@ def test_the_headline_claims_only_what_was_seen():
     )
     reversed_order = bench("static:max_num_seqs=4,static:max_num_seqs=2")
     assert headline(summarise(reversed_order)).startswith("No policy gave more than static:max")
+    assert headline(summarise(bench(slo=Slo(ttft_slo_ms=150.0)))) == (
+        "static:max_num_seqs=4: 40.0 requests/s inside the targets (100.0% of all), against "
+        "10.0 requests/s inside the targets (50.0% of all) for static:max_num_seqs=2."
+    )
+    once = headline(summarise(bench(rounds=1)))
+    assert once.endswith("One round has no spread to judge that by.")
     alone = bench("static:max_num_seqs=2", refuse=[f"r{i}" for i in range(8)])
     assert headline(summarise(alone)).startswith("static:max_num_seqs=2: 0 tokens/s")
 

@@ -162,12 +162,12 @@ def test_every_run_is_steered_by_its_own_policy():
 
 def test_the_warm_up_is_short_and_discarded():
     engine = QueueEngine(total_blocks=10_000)
-    one = Round(1, 0, tuple(at(*[5.0] * 40, output_tokens=50)))
+    one = Round(1, 0, tuple(at(*[5.0] * 80, output_tokens=50)))
     runs = run_bench(engine, parse_contestants("static", {}), [one], Slo(), Quiet())
     assert len(runs) == 1
-    assert runs[0].measurement.submitted == 40
-    # 40 requests of 50 steps in 5 groups of 8, and the warm-up's 16 of 16 steps in 2 groups.
-    assert engine.steps == 5 * 50 + 2 * 16
+    assert runs[0].measurement.submitted == 80
+    # 80 requests of 50 steps in 10 groups of 8, and the warm-up's 64 of 16 steps in 8 groups.
+    assert engine.steps == 10 * 50 + 8 * 16
 
 
 def test_the_same_requests_give_the_same_numbers():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 
@@ -254,15 +255,10 @@ def test_waiting_lets_the_clock_run(engine: LiveEngine):
 
 
 @pytest.mark.live
-def test_priority_and_speculation_in_another_engine(tiny_engine: StartEngine, shared: LiveEngine):
-    with tiny_engine(
-        scheduling_policy="priority",
-        max_num_seqs=1,
-        speculative={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
-    ) as engine:
+def test_priority_in_a_second_engine(tiny_engine: StartEngine, shared: LiveEngine):
+    with tiny_engine(scheduling_policy="priority", max_num_seqs=1) as engine:
         with pytest.raises(RuntimeError, match="this engine is closed"):
             shared.step()
-        assert engine.facts.tokens_per_decode == 3
         for name, priority in (("late", 2), ("soon", 0), ("then", 1)):
             engine.add_request(request(name, output_tokens=20, priority=priority))
         steps = drain(engine)
@@ -272,6 +268,30 @@ def test_priority_and_speculation_in_another_engine(tiny_engine: StartEngine, sh
     for use in (engine.step, engine.reset, engine.snapshot, lambda: engine.set_policy(None)):
         with pytest.raises(RuntimeError, match="this engine is closed"):
             use()
+
+
+SPECULATION = """
+from batchpilot.env.engine import EngineRequest
+from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
+
+ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+with LiveEngine(LiveEngineConfig(model="tiny", kv_blocks=200, speculative=ngram)) as engine:
+    engine.add_request(EngineRequest("r", [100, 101, 102, 103] * 8, 40))
+    total = 0
+    while engine.has_unfinished_requests():
+        total += sum(engine.step().new_tokens.values())
+    print(engine.facts.tokens_per_decode, total)
+"""
+
+
+@pytest.mark.live
+def test_speculation(tmp_path: Path):
+    # In a process of its own: vLLM starts no other engine after it.
+    environment = {**os.environ, "BATCHPILOT_CACHE": str(tmp_path)}
+    process = subprocess.run(
+        [sys.executable, "-c", SPECULATION], capture_output=True, text=True, env=environment
+    )
+    assert process.stdout == "3 40\n", process.stderr
 
 
 @pytest.mark.parametrize(

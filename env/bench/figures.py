@@ -194,7 +194,8 @@ def _draw_sequences(
     if row == 0:
         _key(axis, "area: running · line: limit", colours)
     if limit and min(limit) > top:
-        _note(axis, f"limit {min(limit)}, above the scale", colours.ink, 0.97)
+        shown = f"{min(limit)}" if min(limit) == max(limit) else f"{min(limit)}-{max(limit)}"
+        _note(axis, f"limit {shown}, above the scale", colours.ink, 0.97)
 
 
 def _draw_kv_cache(axis: Axes, samples: Sequence[Sample], colours: Colours, row: int) -> None:

@@ -19,7 +19,7 @@ STALL_SECONDS = 60.0
 # Ends a loop that even a clock does not: a simulated one may stand still.
 STALL_STEPS = 100_000
 PROGRESS_SECONDS = 0.25
-WARM_UP_REQUESTS = 16
+WARM_UP_REQUESTS = 64
 WARM_UP_TOKENS = 16
 
 

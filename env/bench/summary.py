@@ -41,6 +41,7 @@ class PolicySummary:
 
     Attributes:
         policy: Its label.
+        rounds: How often it ran.
         submitted: Requests of all rounds; completed and failed likewise.
         completed: Those that gave every token.
         failed: The others.
@@ -59,6 +60,7 @@ class PolicySummary:
     """
 
     policy: str
+    rounds: int
     submitted: int
     completed: int
     failed: int
@@ -98,17 +100,24 @@ def spread_over(
 
 
 def headline(summaries: Sequence[PolicySummary]) -> str:
-    """What the bench showed in a sentence, which claims nothing that lies within the spread."""
+    """What the bench showed in a sentence, which claims nothing that lies within the spread.
+
+    Compared by goodput where a target is set, else by tokens per second.
+    """
     first = summaries[0]
-    rated = [summary for summary in summaries if summary.output_tokens_per_s]
-    if len(summaries) == 1 or not rated or first.output_tokens_per_s is None:
-        return f"{first.policy}: {_rate_text(first)}."
-    best = max(rated, key=lambda s: s.output_tokens_per_s.median if s.output_tokens_per_s else 0)
+    judge, describe = (
+        (_goodput, _goodput_text) if first.slo_attainment else (_tokens_per_s, _rate_text)
+    )
+    best = max(summaries, key=lambda summary: judge(summary).median)
+    if len(summaries) == 1:
+        return f"{first.policy}: {describe(first)}."
     if best is first:
-        return f"No policy gave more than {first.policy}: {_rate_text(first)}."
-    text = f"{best.policy}: {_rate_text(best)}, against {_rate_text(first)} for {first.policy}."
-    if best.output_tokens_per_s and best.output_tokens_per_s.low <= first.output_tokens_per_s.high:
-        text += " Their rounds overlap: read no winner from it."
+        return f"No policy gave more than {first.policy}: {describe(first)}."
+    text = f"{best.policy}: {describe(best)}, against {describe(first)} for {first.policy}."
+    if best.rounds == 1:
+        return f"{text} One round has no spread to judge that by."
+    if judge(best).low <= judge(first).high:
+        return f"{text} Their rounds overlap: read no winner from it."
     return text
 
 
@@ -141,6 +150,7 @@ def _summarise_policy(
     limits = [sample.limits.max_num_seqs for m in measured for sample in m.timeline]
     return PolicySummary(
         policy=policy,
+        rounds=len(measured),
         submitted=sum(m.submitted for m in measured),
         completed=sum(m.completed for m in measured),
         failed=sum(m.failed for m in measured),
@@ -175,9 +185,21 @@ def _rate(measured: RunMeasurement) -> float:
     return measured.output_tokens_per_s
 
 
+def _tokens_per_s(summary: PolicySummary) -> Spread:
+    return summary.output_tokens_per_s or Spread(0.0, 0.0, 0.0)
+
+
+def _goodput(summary: PolicySummary) -> Spread:
+    return summary.goodput_per_s or Spread(0.0, 0.0, 0.0)
+
+
 def _rate_text(summary: PolicySummary) -> str:
-    rate, preemptions = summary.output_tokens_per_s, summary.preemptions
-    return (
-        f"{number(rate.median if rate else None)} tokens/s with "
-        f"{number(preemptions.median if preemptions else None)} preemptions"
-    )
+    preemptions = summary.preemptions.median if summary.preemptions else None
+    rate = _tokens_per_s(summary).median
+    return f"{number(rate)} tokens/s with {number(preemptions)} preemptions"
+
+
+def _goodput_text(summary: PolicySummary) -> str:
+    share = summary.slo_attainment.median if summary.slo_attainment else None
+    rate = _goodput(summary).median
+    return f"{number(rate)} requests/s inside the targets ({percent(share)} of all)"
