@@ -8,7 +8,8 @@ TEST_ARGS ?=
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-slow lint types compat bench-overhead clean
+
+.PHONY: help setup demo bench-live test test-slow lint types compat bench-overhead clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -29,11 +30,17 @@ lint: setup  ## ruff, import rules, mypy --strict
 	$(BIN)/mypy
 
 # A KV cache of 128 blocks is too small for the load on purpose: memory is what binds.
+SCARCE_MEMORY := --engine live --model smollm2-135m --kv-blocks 128 --block-size 32 --max-num-seqs 64 --itl-slo-ms 100
+
 demo: setup  ## the real model on a live vLLM: five policies compared, a table and a report
-	$(BIN)/batchpilot bench --engine live --model smollm2-135m --workload chat --num-requests 60 \
-	  --kv-blocks 128 --block-size 32 --max-num-seqs 64 --itl-slo-ms 100 --rounds 3 \
+	$(BIN)/batchpilot bench $(SCARCE_MEMORY) --workload chat:output_max=400 --num-requests 40 --rounds 2 \
 	  --policies static,watermark:0.05,memory,memory-peak,memory+sla \
 	  --json results/demo.json --html results/demo.html
+
+bench-live: setup  ## the README's live figures: three interleaved rounds, about a quarter of an hour
+	$(BIN)/batchpilot bench $(SCARCE_MEMORY) --workload chat:output_max=400 --num-requests 90 --rounds 3 \
+	  --policies static,watermark:0.05,memory,memory-peak \
+	  --json results/live.json --html results/live.html --plot results/live.svg
 
 test: lint  ## lint, types and every test that is not marked slow, compat or gpu
 	$(BIN)/python -m pytest -m "not slow and not compat and not gpu" $(TEST_ARGS)

@@ -27,6 +27,8 @@ CANDIDATES = 64
 SEQUENCES_LOOKED_AT_PER_STEP = 32
 #: An estimate whose stated error is larger is not used.
 LARGEST_RELATIVE_ERROR = 0.5
+#: Until lengths are known, sequences are taken to grow to twice what they hold.
+COLD_START_MEMORY_FACTOR = 0.5
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -58,45 +60,57 @@ class MemoryPeakPolicy:
     and theta = PhiInv(1 - eps_M). c_i counts blocks really held: what prefix caching shares or
     block ends waste is scaled in.
 
-    Regimes: until lengths are known to within `LARGEST_RELATIVE_ERROR` it is `memory`. Then it lets
+    Regimes: until lengths are known to within `LARGEST_RELATIVE_ERROR` it is `memory` with half the
+    cache to fill, as if every sequence were to grow to twice what it holds. Then it lets
     a batch grow while young sequences still have room to grow old, and closes the door early when
     many will peak together.
 
     Limitations: it does not know a request's own length, only the distribution of all; a shift of
     lengths is learned within some tens of completions. A look at every sequence costs O(N log N),
-    so a closed door is tried again only when a sequence ends or after `recheck_steps`, and at most
-    every N / 32 steps; in between, one that ends makes room for one that waits.
+    so the door stays shut until a sequence ends or `recheck_steps` have passed, and is looked at no
+    more often than every N / 32 steps.
     """
 
     def __init__(self, params: MemoryPeakParameters) -> None:
         """Starts without lengths."""
         self._theta = NormalDist().inv_cdf(1 - params.memory_overflow_probability)
         self._recheck_steps = params.recheck_steps
-        self._by_blocks = MemoryPolicy(MemoryParameters())
+        self._by_blocks = MemoryPolicy(MemoryParameters(memory_factor=COLD_START_MEMORY_FACTOR))
         self._lengths = LengthEstimator()
         self._decision: Decision | None = None
+        self._running = 0
         self._steps_since_look = 0
         self._must_look = True
 
     def observe(self, step: StepRecord) -> None:
-        """Counts arrivals and completions; notes what may open the door."""
+        """Counts arrivals and completions."""
         self._lengths.observe(step)
-        self._steps_since_look += 1
-        if step.finished or step.preemptions:
-            self._must_look = True
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
-        """Looks at every sequence, but only when an admission is at hand."""
-        if not snapshot.waiting:
+        """Opens the door for as many as a look finds room for, and shuts it until the next."""
+        self._steps_since_look += 1
+        # Fewer run than a step ago: some have ended or were preempted, and the peak has moved.
+        if not snapshot.waiting or snapshot.running < self._running:
             self._must_look = True
-        elif self._may_look(snapshot.running):
-            self._decision = self._look(snapshot)
-        return self._decision or startup_decision(snapshot, "nothing waited yet")
+        decision = self._decision
+        if snapshot.waiting and self._may_look(snapshot.running):
+            decision = self._look(snapshot)
+        elif decision is None or decision.limits.max_num_seqs != max(snapshot.running, 1):
+            decision = self._closed(snapshot)
+        self._running = snapshot.running
+        self._decision = decision
+        return decision
 
     def _may_look(self, running: int) -> bool:
         if not self._must_look:
             return self._steps_since_look >= self._recheck_steps
-        return self._steps_since_look >= running // SEQUENCES_LOOKED_AT_PER_STEP
+        return self._steps_since_look > running // SEQUENCES_LOOKED_AT_PER_STEP
+
+    def _closed(self, snapshot: EngineSnapshot) -> Decision:
+        """Nobody comes in until the next look; with nobody waiting, the start-up limits."""
+        if not snapshot.waiting:
+            return startup_decision(snapshot, "nothing waits")
+        return memory_decision(snapshot, snapshot.running, "closed until the next look")
 
     def _look(self, snapshot: EngineSnapshot) -> Decision:
         running = snapshot.read_running()
@@ -109,8 +123,8 @@ class MemoryPeakPolicy:
             self._must_look = True
             return self._by_blocks.decide(snapshot)
         admitted = self._admissible(snapshot, running, waiting, lengths)
-        # A door wide open may be open wider; look again as soon as these are in.
-        self._must_look = admitted == len(waiting)
+        # The token budget may keep some of them out, and after them there may be room for more.
+        self._must_look = admitted > 0
         return memory_decision(snapshot, snapshot.running + admitted, "peak of future memory")
 
     def _admissible(

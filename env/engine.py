@@ -142,5 +142,8 @@ class SchedulerHook(Protocol):
     def set_policy(self, policy: LimitPolicy | None) -> None:
         """Steers by `policy` from the next step on; None restores the start-up limits."""
 
+    def set_clock(self, clock: Callable[[], float]) -> None:
+        """Replaces the clock that steps are timed by."""
+
     def set_listener(self, listener: Callable[[StepRecord], None] | None) -> None:
         """Hears every step's record, in order."""

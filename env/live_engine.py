@@ -7,7 +7,6 @@ admission, its preemption, its kernels, its clock.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 import os
@@ -23,6 +22,7 @@ from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.agents.policy import LimitPolicy
 from batchpilot.env.engine import EngineRequest, EngineStep, SchedulerHook
 from batchpilot.env.models import ModelSource, resolve_model
+from batchpilot.env.process import prepare_process
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ class LiveEngine:
         self._record: StepRecord | None = None
         self._unfinished: dict[str, EngineRequest] = {}
         self._steered = False
+        self._hook.set_clock(lambda: self.clock_seconds)
         self._hook.set_policy(None)
         self._hook.set_listener(self._hear)
 
@@ -134,7 +135,7 @@ class LiveEngine:
 
     def snapshot(self) -> EngineSnapshot:
         """What a policy would see now, in this engine's clock."""
-        return dataclasses.replace(self._open_hook().snapshot(), clock_seconds=self.clock_seconds)
+        return self._open_hook().snapshot()
 
     def set_policy(self, policy: LimitPolicy | None, *, watermark: float = 0.0) -> None:
         """Steers by `policy` from the next step on; None leaves vLLM alone.
@@ -306,18 +307,15 @@ class LiveEngine:
 
 
 def _set_environment() -> None:
-    """Sets what vLLM and torch read from the environment, before they are imported.
+    """Sets what vLLM reads from the environment, before it is imported.
 
     The user's own choices win, but for the first: the scheduler must be in this process.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # Threads that spin while they wait make vLLM crawl, ten times and more, on a CPU that others
-    # use too; threads that sleep cost a little on one that is idle.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    prepare_process()
 
 
 @contextmanager

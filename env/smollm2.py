@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import time
 from functools import partial
 from pathlib import Path
 
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.cache import build_once, cache_folder
+from batchpilot.env.process import prepare_process
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ def _convert(folder: Path, *, target: Path) -> None:
     source = _package_folder()
     logger.info("converting SmolLM2-135M-Instruct into %s, once, about 20 s", target)
     started = time.perf_counter()
-    # Before transformers is imported, which reads it then: nothing here needs a network.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    prepare_process()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

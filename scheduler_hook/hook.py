@@ -147,11 +147,13 @@ class Hook:
     def set_policy(self, policy: LimitPolicy | None) -> None:
         """Steers by `policy` from the next step on; None restores the start-up limits.
 
-        Call it between steps, from the thread that runs them. Also ends the passthrough that an
-        exception in an earlier policy caused.
+        Call it on an idle engine, from the thread that runs its steps. The new policy hears nothing
+        of what came before. Also ends the passthrough that an exception in an earlier policy
+        caused.
         """
         adapter = self._require_adapter()
         adapter.restore()
+        self._start_run()
         self._limits = adapter.facts.startup_limits
         self._policy = policy
         self.decision = None

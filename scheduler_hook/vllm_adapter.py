@@ -86,7 +86,6 @@ PARTS = (
     "kv_cache_manager.block_pool.get_num_free_blocks",
     "kv_cache_config.kv_cache_groups",
     "scheduler_config.async_scheduling",
-    "scheduler_config.max_num_seqs",
     "scheduler_config.enable_chunked_prefill",
     "vllm_config.additional_config",
     "vllm_config.model_config.runner_type",

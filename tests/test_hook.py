@@ -10,6 +10,7 @@ from driving import Flapping, build_core, drive, random_requests
 
 from batchpilot.agents.catalog import POLICIES, PolicySpec
 from batchpilot.agents.limits import BatchLimits, Binding, Decision, Source
+from batchpilot.env.engine import EngineRequest
 
 SCHEDULING = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 STARTUP = BatchLimits(32, 256)
@@ -252,6 +253,27 @@ def test_a_scheduler_that_lacks_a_part_runs_as_stock_vllm(missing, caplog, monke
     assert drive(core, random_requests(0)) == stock(0)
     with pytest.raises(RuntimeError, match="does not steer this engine"):
         core.hook.snapshot()
+
+
+def test_a_limit_attribute_renamed_in_an_untested_release_is_a_passthrough_too(monkeypatch):
+    from batchpilot.scheduler_hook import vllm_adapter
+
+    core = build_core()
+    monkeypatch.delattr(core.scheduler, "max_num_active_reqs")
+    monkeypatch.setattr(vllm_adapter, "vllm_version", "0.40.0")
+    with pytest.raises(vllm_adapter.UnsupportedEngineError, match="max_num_active_reqs"):
+        vllm_adapter.adapt(core.scheduler, allow_untested=True)
+
+
+def test_a_new_policy_hears_nothing_of_the_run_before():
+    core = build_core(async_scheduling=False)
+    core.hook.set_policy(Fixed(seqs=32))
+    drive(core, random_requests(0, count=5))
+    core.add_request(EngineRequest("late", [5] * 9, 3))  # heard by the old policy, if by any
+    policy = Fixed(seqs=32)
+    core.hook.set_policy(policy)
+    drive(core, random_requests(1, count=5))
+    assert sum(len(r.arrived) for r in policy.records) == 5
 
 
 @pytest.mark.parametrize(

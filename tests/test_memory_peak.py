@@ -52,11 +52,11 @@ def taught(output_tokens, prompt_tokens=100, count=200, epsilon=0.2):
     return policy
 
 
-def test_until_something_has_finished_it_sizes_by_the_blocks_held_now():
+def test_until_something_has_finished_it_takes_sequences_to_grow_to_twice_what_they_hold():
     policy = MemoryPeakPolicy(MemoryPeakParameters())
     queue = Queue([SequenceState(160, 10, 0)] * 10, [SequenceState(0, 0, 150)] * 50)
     decision = policy.decide(queue.snapshot())
-    assert decision.limits.max_num_seqs == int(500 * 0.95 / 10)
+    assert decision.limits.max_num_seqs == 500 // (2 * 10)
     assert decision.reason == "blocks held per sequence now"
 
 
@@ -106,9 +106,19 @@ def test_it_reads_the_sequences_only_when_an_admission_is_at_hand():
         policy.decide(queue.snapshot())
         policy.observe(step())
     assert queue.reads == 1  # the door is closed, and nothing has happened since
-    policy.observe(step(finished=(FinishedRequest(100, 200, True),)))
+    queue.running = queue.running[1:]  # one has ended
     policy.decide(queue.snapshot())
     assert queue.reads == 2
+
+
+def test_a_door_once_open_shuts_behind_those_it_was_opened_for():
+    policy = taught(output_tokens=200)
+    queue = Queue([SequenceState(192, 92, 0)] * 40, [SequenceState(0, 0, 100)] * 60)
+    assert policy.decide(queue.snapshot()).limits.max_num_seqs > 40
+    queue.running = queue.running[:39]
+    closed = policy.decide(queue.snapshot())  # too soon for another look at 39 sequences
+    assert closed.limits.max_num_seqs == 39
+    assert closed.reason == "closed until the next look"
 
 
 @pytest.mark.parametrize("running", [1, 40, 256])
