@@ -79,7 +79,7 @@ class MemoryPeakPolicy:
         self._lengths = LengthEstimator()
         self._decision: Decision | None = None
         self._running = 0
-        self._steps_since_look = 0
+        self._steps_since_look = params.recheck_steps
         self._must_look = True
 
     def observe(self, step: StepRecord) -> None:
