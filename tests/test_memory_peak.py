@@ -113,7 +113,7 @@ def test_it_reads_the_sequences_only_when_an_admission_is_at_hand():
 
 def test_a_door_once_open_shuts_behind_those_it_was_opened_for():
     policy = taught(output_tokens=200)
-    queue = Queue([SequenceState(192, 92, 0)] * 40, [SequenceState(0, 0, 100)] * 60)
+    queue = Queue([SequenceState(96, 190, 0)] * 40, [SequenceState(0, 0, 100)] * 60)
     assert policy.decide(queue.snapshot()).limits.max_num_seqs > 40
     queue.running = queue.running[:39]
     closed = policy.decide(queue.snapshot())  # too soon for another look at 39 sequences
