@@ -1,6 +1,7 @@
 """The vocabulary of every decision: what is seen, what is decided, what a step cost.
 
-All values are immutable. Names follow vLLM's own where vLLM has one.
+All values are immutable. Names follow vLLM's own where vLLM has one. What is made anew in every
+step is a named tuple, which costs a third of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -94,8 +95,7 @@ def _none_waiting(count: int) -> Sequence[SequenceState]:
     return ()
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSnapshot:
+class EngineSnapshot(NamedTuple):
     """What is seen just before a step.
 
     Attributes:
@@ -147,8 +147,7 @@ class FinishedRequest(NamedTuple):
     completed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """What one engine step did and cost.
 
     Attributes:
