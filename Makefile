@@ -37,8 +37,8 @@ demo: setup  ## the real model on a live vLLM: five policies compared, a table a
 	  --policies static,watermark:0.05,memory,memory-peak,memory+sla \
 	  --json results/demo.json --html results/demo.html
 
-bench-live: setup  ## the README's live figures: three interleaved rounds, about a quarter of an hour
-	$(BIN)/batchpilot bench $(SCARCE_MEMORY) --workload chat:output_max=400 --num-requests 90 --rounds 3 \
+bench-live: setup  ## the README's live figures: three interleaved rounds, about ten minutes
+	$(BIN)/batchpilot bench $(SCARCE_MEMORY) --workload chat:output_max=400 --num-requests 60 --rounds 3 \
 	  --policies static,watermark:0.05,memory,memory-peak \
 	  --json results/live.json --html results/live.html --plot results/live.svg
 
