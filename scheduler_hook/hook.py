@@ -274,6 +274,8 @@ class Hook:
 
     def _take_in_flight(self, output: object) -> _StepInFlight | None:
         """The step that `output` was scheduled as; drops older ones that never came back."""
+        if not any(step.output is output for step in self._in_flight):
+            return None  # a step without tokens, which is not kept: younger ones are still to come
         while self._in_flight:
             step = self._in_flight.popleft()
             if step.output is output:
