@@ -9,7 +9,7 @@ TEST_ARGS ?=
 export HF_HUB_OFFLINE := 1
 
 
-.PHONY: help setup demo bench-live test test-slow lint types compat bench-overhead clean
+.PHONY: help setup demo bench-live test test-slow lint types compat fidelity bench-env bench-overhead clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -48,8 +48,14 @@ test: lint  ## lint, types and every test that is not marked slow, compat or gpu
 test-slow: setup  ## the exhaustive tests
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
+bench-env: setup  ## engine and environment steps per second, in one and two processes
+	$(BIN)/python -m batchpilot.env.bench_env
+
 bench-overhead: setup  ## what batchpilot's code adds to each vLLM step, by policy
 	$(BIN)/python -m batchpilot.env.bench.overhead
+
+fidelity: setup  ## the virtual GPU against real runs: replays, and where more sequences stop helping
+	$(BIN)/python -m batchpilot.env.fidelity
 
 compat: setup  ## prove the vLLM adapter against the sources of other releases (downloads wheels)
 	$(BIN)/python -m pytest -m compat -rA tests/test_compat.py $(TEST_ARGS)

@@ -61,7 +61,7 @@ class Parameters:
 
     def __post_init__(self) -> None:
         """Checks every field that `parameter` declared."""
-        hints = get_type_hints(type(self))
+        hints = _type_hints(type(self))
         for item in fields(self):
             if item.metadata:
                 value = _coerce(item.name, getattr(self, item.name), hints[item.name])
@@ -95,6 +95,16 @@ class Parameters:
             return cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+
+
+# Reading the hints takes longer than all the checks, and a trace builds a set for each line.
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _type_hints(kind: type) -> dict[str, Any]:
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:

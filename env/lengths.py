@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +14,9 @@ import numpy.typing as npt
 
 from batchpilot.agents.parameters import Parameters, parameter
 from batchpilot.env.specs import Kind
+from batchpilot.env.traces import bundled_traces, read_lengths
+
+SHAREGPT = "sharegpt-lengths"
 
 
 class Lengths(NamedTuple):
@@ -109,8 +114,91 @@ def _lognormal_tokens(
     return [int(value) for value in np.rint(tokens)]
 
 
+@dataclass(frozen=True)
+class EmpiricalParameters(Parameters):
+    """A file of lengths, and the longest that are taken as they are."""
+
+    path: str = parameter(help="a .csv file, or a trace that comes with batchpilot")
+    prompt_max: int | None = parameter(None, minimum=1, help="longer prompts are cut to this")
+    output_max: int | None = parameter(None, minimum=1, help="longer outputs are cut to this")
+
+
+@dataclass(frozen=True)
+class ShareGptParameters(Parameters):
+    """The longest that are taken as they are."""
+
+    prompt_max: int | None = parameter(None, minimum=1, help="longer prompts are cut to this")
+    output_max: int | None = parameter(None, minimum=1, help="longer outputs are cut to this")
+
+
+class EmpiricalLengths:
+    """Pairs of lengths drawn at random from recorded ones, so that both belong together.
+
+    Each request draws a whole row, rows may come again: the order of the file says nothing.
+    """
+
+    def __init__(self, params: EmpiricalParameters) -> None:
+        """Reads the file.
+
+        Raises:
+            ConfigError: It cannot be used; the text names file, line and column.
+        """
+        bundled = bundled_traces().get(params.path)
+        self._params = params
+        self._lengths = _recorded_lengths(bundled.path if bundled else Path(params.path))
+
+    @classmethod
+    def sharegpt(cls, params: ShareGptParameters) -> EmpiricalLengths:
+        """The lengths of 30,731 ShareGPT conversations."""
+        return cls(EmpiricalParameters(SHAREGPT, params.prompt_max, params.output_max))
+
+    def draw(
+        self, rng: np.random.Generator, arrival_seconds: npt.NDArray[np.float64]
+    ) -> Sequence[Lengths]:
+        """Draws a row for each arrival."""
+        most = self._params.prompt_max or math.inf, self._params.output_max or math.inf
+        rows = rng.integers(len(self._lengths), size=len(arrival_seconds)).tolist()
+        pairs = (self._lengths[row] for row in rows)
+        return [Lengths(int(min(p, most[0])), int(min(o, most[1]))) for p, o in pairs]
+
+
+@lru_cache(maxsize=8)
+def _recorded_lengths(path: Path) -> tuple[Lengths, ...]:
+    """Reads a file once for all its uses in this process."""
+    rows = (line.row for line in read_lengths(path))
+    return tuple(Lengths(row.input_tokens, row.output_tokens) for row in rows)
+
+
+class ShiftedLengths:
+    """One distribution after another: each holds for the arrivals from its start on.
+
+    Args:
+        starts: Seconds at which each begins, rising, the first 0.
+        distributions: One for each start.
+    """
+
+    def __init__(
+        self, starts: Sequence[float], distributions: Sequence[LengthDistribution]
+    ) -> None:
+        """Keeps them."""
+        self._starts = tuple(starts)
+        self._distributions = tuple(distributions)
+
+    def draw(
+        self, rng: np.random.Generator, arrival_seconds: npt.NDArray[np.float64]
+    ) -> Sequence[Lengths]:
+        """Has each distribution draw for the arrivals of its time."""
+        borders = np.searchsorted(arrival_seconds, [*self._starts[1:], math.inf])
+        drawn: list[Lengths] = []
+        for end, distribution in zip(borders.tolist(), self._distributions, strict=True):
+            drawn.extend(distribution.draw(rng, arrival_seconds[len(drawn) : end]))
+        return drawn
+
+
 LENGTHS: dict[str, Kind[LengthDistribution]] = {
     "chat": Kind(ChatParameters, LognormalLengths),
     "fixed": Kind(FixedParameters, FixedLengths),
     "lognormal": Kind(LognormalParameters, LognormalLengths),
+    "sharegpt": Kind(ShareGptParameters, EmpiricalLengths.sharegpt),
+    "empirical": Kind(EmpiricalParameters, EmpiricalLengths),
 }

@@ -7,16 +7,26 @@ sequence that has its whole prompt in gets the token 0.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.env.engine import EngineRequest, SchedulerHook
 
 SCHEDULER_CLASS = "batchpilot.scheduler_hook.Scheduler"
+#: Configurations kept for engines that are built again with the same one: each takes a second.
+_KEPT_CONFIGS = 8
+# What a sequence gets of a step. vLLM only reads these lists, so all sequences share them.
+_TOKEN = [0]
+_NO_TOKEN: list[int] = []
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,20 @@ class SchedulerCoreConfig(Parameters):
     mode: str = parameter("local", choices=("off", "observe", "local"), help="the hook's mode")
 
 
+class StepLoad(NamedTuple):
+    """What a scheduled step asks of a GPU.
+
+    Attributes:
+        decode_seqs: Sequences that decode in it.
+        prefill_tokens: Prompt tokens it computes, recomputed ones included.
+        kv_tokens: KV tokens its decodes read: their contexts, each with the token it adds.
+    """
+
+    decode_seqs: int
+    prefill_tokens: int
+    kv_tokens: int
+
+
 class SchedulerCore:
     """One scheduler, fed by hand.
 
@@ -50,19 +74,34 @@ class SchedulerCore:
     """
 
     def __init__(self, config: SchedulerCoreConfig, model: Path) -> None:
-        """Builds vLLM's configuration and its scheduler; about a second."""
+        """Builds the scheduler: a second, and a few milliseconds the next time."""
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         self.config = config
-        self.vllm_config = _vllm_config(config, model)
-        self.scheduler: Any = _scheduler(config, self.vllm_config)
+        with _quiet():
+            self.vllm_config = _vllm_config(config, model)
+            scheduler_class = self.vllm_config.scheduler_config.get_scheduler_cls()
+        self.scheduler: Any = _scheduler(config, self.vllm_config, scheduler_class)
         self._block_hasher = _block_hasher(config)
+        self._prefilling: dict[str, Any] = {}
+        self._scheduled: deque[_Scheduled] = deque()
+        self._arrivals: Iterator[int] = itertools.count()
 
     @property
     def hook(self) -> SchedulerHook:
         """The hook inside the scheduler; absent in mode `off`."""
         hook: SchedulerHook = self.scheduler.batchpilot
         return hook
+
+    @property
+    def load(self) -> StepLoad:
+        """What the newest scheduled step holds.
+
+        Raises:
+            IndexError: No step is scheduled.
+        """
+        return self._scheduled[-1].load
 
     def add_request(self, request: EngineRequest) -> None:
         """Queues a request that generates exactly `output_tokens` tokens."""
@@ -75,6 +114,8 @@ class SchedulerCore:
                 prompt_token_ids=list(request.prompt_token_ids),
                 sampling_params=SamplingParams(max_tokens=request.output_tokens, ignore_eos=True),
                 pooling_params=None,
+                # Only their order counts, and that must not hang on the time of day.
+                arrival_time=float(next(self._arrivals)),
                 priority=request.priority,
                 block_hasher=self._block_hasher,
             )
@@ -88,7 +129,9 @@ class SchedulerCore:
 
     def schedule(self) -> Any:
         """Schedules the next step; returns vLLM's `SchedulerOutput`."""
-        return self.scheduler.schedule()
+        output = self.scheduler.schedule()
+        self._scheduled.append(self._read(output))
+        return output
 
     def complete(self, output: Any) -> Sequence[Any]:
         """Hands the step's made-up result back.
@@ -99,25 +142,93 @@ class SchedulerCore:
         Returns:
             vLLM's `EngineCoreOutput`s: new tokens and finish reasons by request.
         """
-        outputs = self.scheduler.update_from_output(output, self._sample(output))
+        step = self._scheduled.popleft()
+        assert step.output is output, "steps complete in the order they were scheduled"
+        outputs = self.scheduler.update_from_output(output, step.result())
+        if len(outputs) == 1:
+            (group,) = outputs.values()
+            return group.outputs  # type: ignore[no-any-return]
         return [item for group in outputs.values() for item in group.outputs]
 
-    def _sample(self, output: Any) -> Any:
+    def _read(self, output: Any) -> _Scheduled:
+        """Reads a step just scheduled, while vLLM's requests still stand as it left them.
+
+        A step scheduled ahead moves them on, so that later it would be too late.
+        """
+        for request_id in output.finished_req_ids:
+            self._prefilling.pop(request_id, None)
+        cached = output.scheduled_cached_reqs
+        kv_tokens = sum(cached.num_computed_tokens)
+        prefill_seqs = prefill_tokens = 0
+        incomplete: list[str] = []
+        scheduled = output.num_scheduled_tokens
+        if self._note_prefills(output):
+            fresh = {item.req_id for item in output.scheduled_new_reqs}
+            for request_id, request in list(self._prefilling.items()):
+                chunk = scheduled.get(request_id, 0)
+                if not chunk:
+                    continue
+                prefill_seqs += 1
+                prefill_tokens += chunk
+                if request_id not in fresh:
+                    kv_tokens -= request.num_computed_tokens - chunk
+                if request.is_prefill_chunk:
+                    incomplete.append(request_id)
+                else:
+                    del self._prefilling[request_id]
+        decode_seqs = len(scheduled) - prefill_seqs
+        load = StepLoad(decode_seqs, prefill_tokens, kv_tokens + decode_seqs)
+        return _Scheduled(output, incomplete, load)
+
+    def _note_prefills(self, output: Any) -> bool:
+        """Remembers who starts a prompt, again or for the first time; whether anyone prefills."""
+        requests = self.scheduler.requests
+        for item in output.scheduled_new_reqs:
+            self._prefilling[item.req_id] = requests[item.req_id]
+        for request_id in output.scheduled_cached_reqs.resumed_req_ids:
+            self._prefilling[request_id] = requests[request_id]
+        return bool(self._prefilling)
+
+
+class _Scheduled(NamedTuple):
+    """A step whose result is not handed back yet.
+
+    Attributes:
+        output: vLLM's `SchedulerOutput`.
+        incomplete: Requests whose prompt it leaves unfinished: they get no token.
+        load: What it asks of a GPU.
+    """
+
+    output: Any
+    incomplete: list[str]
+    load: StepLoad
+
+    def result(self) -> Any:
         """One token for each sequence whose prompt is complete, as a model runner would."""
         from vllm.v1.outputs import ModelRunnerOutput
 
-        requests = self.scheduler.requests
-        request_ids = list(output.num_scheduled_tokens)
-        tokens = [
-            [] if request_id in requests and requests[request_id].is_prefill_chunk else [0]
-            for request_id in request_ids
-        ]
-        index = {request_id: i for i, request_id in enumerate(request_ids)}
+        request_ids = list(self.output.num_scheduled_tokens)
+        index = dict(zip(request_ids, range(len(request_ids)), strict=True))
+        tokens = [_TOKEN] * len(request_ids)
+        for request_id in self.incomplete:
+            tokens[index[request_id]] = _NO_TOKEN
         return ModelRunnerOutput(
             req_ids=request_ids, req_id_to_index=index, sampled_token_ids=tokens
         )
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back vLLM's warnings of what a CPU lacks to run a model: none is run here."""
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
+@lru_cache(maxsize=_KEPT_CONFIGS)
 def _vllm_config(config: SchedulerCoreConfig, model: Path) -> Any:
     from vllm import EngineArgs
 
@@ -147,7 +258,7 @@ def _vllm_config(config: SchedulerCoreConfig, model: Path) -> Any:
     return vllm_config
 
 
-def _scheduler(config: SchedulerCoreConfig, vllm_config: Any) -> Any:
+def _scheduler(config: SchedulerCoreConfig, vllm_config: Any, scheduler_class: Any) -> Any:
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
@@ -160,7 +271,7 @@ def _scheduler(config: SchedulerCoreConfig, vllm_config: Any) -> Any:
         kv_cache_tensors=[],
         kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
     )
-    return vllm_config.scheduler_config.get_scheduler_cls()(
+    return scheduler_class(
         vllm_config=vllm_config,
         kv_cache_config=kv_cache_config,
         structured_output_manager=StructuredOutputManager(vllm_config),

@@ -1,10 +1,15 @@
-"""The text form `name:key=value` in which workloads and arrivals are asked for."""
+"""The text form `name:key=value` in which workloads and arrivals are asked for.
+
+What changes as time goes by is written as phases, the first from the start and each other from the
+second behind its `@`: `poisson:4,poisson:16@60`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from batchpilot.agents.parameters import ConfigError, Parameters
 
@@ -40,6 +45,45 @@ def build_from_text(text: str, kinds: Mapping[str, Kind[T]], *, what: str, besid
     kind = kinds[name]
     values = _read_values(parts, kind.parameters.names(), where=f"{what} {text!r}")
     return kind.build(kind.parameters.from_mapping(values, where=f"{what} {text!r}"))
+
+
+class Phase(NamedTuple):
+    """One part of a text in phases: from when it holds, and what."""
+
+    start_s: float
+    text: str
+
+
+def split_phases(text: str, *, what: str) -> list[Phase]:
+    """Reads `A,B@60,C@120`: A from the start, B from second 60, C from second 120.
+
+    Args:
+        text: One phase or more.
+        what: What it is, for error messages.
+
+    Raises:
+        ConfigError: A start that is missing, no number, or not after the one before it.
+    """
+    first, *others = text.split(",")
+    phases = [Phase(0.0, first)]
+    for part in others:
+        body, at, start = part.rpartition("@")
+        start_s = _finite(start) if at else None
+        if start_s is None or start_s <= phases[-1].start_s:
+            raise ConfigError(
+                f"{what} {text!r}: {part!r} must end in @SECONDS, more than "
+                f"{phases[-1].start_s:g}, where this phase begins"
+            )
+        phases.append(Phase(start_s, body))
+    return phases
+
+
+def _finite(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _read_values(parts: list[str], names: tuple[str, ...], *, where: str) -> dict[str, str]:

@@ -128,7 +128,7 @@ HEADER = "arrival_s,input_tokens,output_tokens\n"
         (["--max-num-seqs", "64", "--max-num-batched-tokens", "32"], "must be at least"),
         (["--model", "missing"], "no model 'missing'; known: smollm2-135m, tiny"),
         (["--arrivals", "poisson:0"], "rate=0.0 must be greater than 0"),
-        (["--arrivals", "trace"], "arrivals 'trace' needs a workload from a CSV file"),
+        (["--arrivals", "trace"], "arrivals 'trace' needs a workload from a trace"),
         (["--workload", "missing.csv"], "cannot read workload file missing.csv"),
         (["--workload", "fixed:prompt_tokens=-1:output_tokens=5"], "prompt_tokens=-1"),
         (
@@ -193,7 +193,7 @@ def test_help_teaches(capsys):
         main(["bench", "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for name in (*POLICIES, "watermark:SHARE", "examples:", "- TTFT:", "(default: 300)"):
+    for name in (*POLICIES, "watermark:SHARE", "examples:", "- TTFT:", "(default: 2048)"):
         assert name in text
 
 

@@ -13,10 +13,14 @@ import sys
 from contextlib import closing
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
 from batchpilot.env.bench import measure
+from batchpilot.env.bench.capacity import Capacity, Point
+from batchpilot.env.bench.capacity_search import find_capacities
+from batchpilot.env.bench.cells import Cells, LiveCells, bench_cells, open_cells, run_cells
 from batchpilot.env.bench.contestants import describe_policies
 from batchpilot.env.bench.environment import read_environment
 from batchpilot.env.bench.figures import PAPER, render, timeline_figure
@@ -24,10 +28,10 @@ from batchpilot.env.bench.plan import BenchPlan, open_engine, prepare
 from batchpilot.env.bench.progress import show_progress
 from batchpilot.env.bench.report import render_report
 from batchpilot.env.bench.results import BenchResults, to_json_text, write_whole
-from batchpilot.env.bench.runner import EngineStalledError, run_bench
+from batchpilot.env.bench.runner import BenchRun, EngineStalledError, run_bench
 from batchpilot.env.bench.settings import BenchSettings, option
 from batchpilot.env.bench.summary import headline, summarise
-from batchpilot.env.bench.table import print_tables
+from batchpilot.env.bench.table import print_capacity, print_tables
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -40,7 +44,11 @@ examples:
   batchpilot bench --engine live --policies static:max_num_seqs=16,static:max_num_seqs=64,static
   batchpilot bench --engine live --workload chat --arrivals poisson:4 --itl-slo-ms 50 \\
       --ttft-slo-ms 2000 --policies static,sla-guarded,memory+sla
-  batchpilot bench --engine live --workload trace.csv --rate-scale 2 --html trace.html"""
+  batchpilot bench --engine live --workload trace.csv --rate-scale 2 --html trace.html
+  batchpilot bench --engine virtual --profile llama-3.1-8b-h100 --arrivals poisson:20 \\
+      --workload chat --itl-slo-ms 40 --policies static,memory-peak
+  batchpilot bench --engine virtual --profile llama-3.1-8b-rtx4090 --find-capacity \\
+      --itl-slo-ms 60 --ttft-slo-ms 3000 --policies static,memory-peak,memory+sla"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = str(item.metadata["help"]).replace("%", "%%")
         if item.default is not MISSING and item.default is not None:
             text += f" (default: {item.default})"
+        if item.name in _FLAGS:
+            parser.add_argument(option(item.name), action="store_true", default=None, help=text)
+            continue
         parser.add_argument(
             option(item.name),
             default=item.default,
@@ -59,8 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "\n\n".join((_policies_text(), _definitions_text(), EXAMPLES))
 
 
+_FLAGS = ("find_capacity", "fresh")
 _METAVARS = {
-    "engine": "live",
+    "engine": "live|virtual",
+    "profile": "NAME|FILE",
+    "noise": "X",
+    "attainment": "X",
+    "work_dir": "FOLDER",
     "model": "NAME",
     "policies": "A,B,C",
     "workload": "NAME|CSV",
@@ -81,13 +97,16 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: A setting that cannot be used; nothing has been started or written.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    settings = BenchSettings(**{f.name: getattr(args, f.name) for f in fields(BenchSettings)})
+    given = {f.name: getattr(args, f.name) for f in fields(BenchSettings)}
+    settings = BenchSettings(**{name: v for name, v in given.items() if v is not None})
     plan = prepare(settings)
     progress = Console(stderr=True)
     try:
         results = _measure(plan, progress)
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was written")
+        kept = settings.engine == "virtual"
+        again = "; finished runs are kept, the same command goes on from there" if kept else ""
+        _complain(f"interrupted; nothing was written{again}")
         return EXIT_INTERRUPTED
     except EngineStalledError as error:
         _complain(f"{error}; nothing was written")
@@ -104,27 +123,68 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(plan: BenchPlan, console: Console) -> BenchResults:
-    """Starts the engine, runs every round, and closes it again."""
+    """Runs every round, or searches for capacity, on the engine asked for."""
     settings = plan.settings
-    console.print(f"starting the {settings.engine} engine with {settings.model}", highlight=False)
-    with closing(open_engine(plan)) as engine:
-        facts = engine.facts
-        runs = len(plan.contestants) * settings.rounds
-        with show_progress(console, runs, settings.rounds) as progress:
-            measured = run_bench(engine, plan.contestants, plan.rounds, settings.slo, progress)
+    target = settings.model if settings.engine == "live" else settings.profile
+    console.print(f"starting the {settings.engine} engine with {target}", highlight=False)
+    measure_on = _measure_live if settings.engine == "live" else _measure_virtual
+    found = measure_on(plan, console)
     config = settings.to_json() | {
         "max_model_len": plan.max_model_len,
-        "kv_capacity_tokens": facts.kv_capacity_tokens,
+        "kv_capacity_tokens": found.kv_capacity_tokens,
     }
     return BenchResults(
         engine=settings.engine,
-        model=settings.model,
+        model=plan.model.name,
         workload=plan.workload_to_json(),
         config=config,
         environment=read_environment(),
         command=settings.command(),
-        runs=tuple(measured),
+        runs=tuple(found.runs),
+        capacity=found.capacity,
     )
+
+
+class _Found(NamedTuple):
+    """What an engine gave."""
+
+    runs: list[BenchRun]
+    capacity: tuple[Capacity, ...]
+    kv_capacity_tokens: int
+
+
+def _measure_live(plan: BenchPlan, console: Console) -> _Found:
+    """Starts the engine, runs everything on it, and closes it again."""
+    settings = plan.settings
+    runs = len(plan.contestants) * settings.rounds
+    with closing(open_engine(plan)) as engine:
+        tokens = engine.facts.kv_capacity_tokens
+        with show_progress(console, runs, settings.rounds) as progress:
+            if settings.find_capacity:
+                return _search(plan, LiveCells(engine, progress), console, tokens)
+            measured = run_bench(engine, plan.contestants, plan.rounds, settings.slo, progress)
+    return _Found(measured, (), tokens)
+
+
+def _measure_virtual(plan: BenchPlan, console: Console) -> _Found:
+    """Runs everything in processes of their own, one for each core."""
+    settings = plan.settings
+    tokens = (plan.kv_blocks - 1) * plan.block_size  # vLLM keeps one block for itself
+    with open_cells(plan) as cells:
+        if settings.find_capacity:
+            return _search(plan, cells, console, tokens)
+        wanted = bench_cells(plan)
+        with show_progress(console, len(wanted), settings.rounds) as progress:
+            return _Found(run_cells(cells, wanted, progress), (), tokens)
+
+
+def _search(plan: BenchPlan, cells: Cells, console: Console, tokens: int) -> _Found:
+    def tried(policy: str, point: Point) -> None:
+        text = f"{policy}: {point.attainment:.1%} inside the targets at {point.rate:.3g} requests/s"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    capacity, runs = find_capacities(plan, cells, tried)
+    return _Found(runs, capacity, tokens)
 
 
 def _print_results(results: BenchResults) -> None:
@@ -133,6 +193,8 @@ def _print_results(results: BenchResults) -> None:
         console = Console(width=PLAIN_WIDTH)
     summaries = summarise(results)
     print_tables(summaries, console)
+    if results.capacity:
+        print_capacity(results.capacity, float(results.config["attainment"]), console)
     console.print(headline(summaries), highlight=False, markup=False)
 
 

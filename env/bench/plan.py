@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from batchpilot.agents.parameters import ConfigError
@@ -15,7 +17,12 @@ from batchpilot.env.bench.settings import BenchSettings
 from batchpilot.env.engine import Engine
 from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
 from batchpilot.env.models import ModelSource, resolve_model
+from batchpilot.env.profiles import GpuProfile, load_profile
+from batchpilot.env.virtual_engine import VOCAB_SIZE, VirtualEngine, VirtualEngineConfig
 from batchpilot.env.workloads import TRACE_ARRIVALS, Workload, build_workload, engine_requests
+
+#: What a search for capacity scales where nobody says.
+CAPACITY_ARRIVALS = "poisson:1"
 
 
 @dataclass(frozen=True)
@@ -25,25 +32,35 @@ class BenchPlan:
     Attributes:
         settings: As asked for.
         contestants: The policies, in order.
-        model: The model, found and ready.
+        model: The model, found and ready; the profile's on a virtual engine.
+        kv_blocks: KV blocks, 0 for as many as fit.
+        block_size: Tokens per KV block.
         max_model_len: Longest prompt and output together that model and KV cache can hold.
         workloads: One per round.
-        rounds: The requests made from them.
     """
 
     settings: BenchSettings
     contestants: tuple[Contestant, ...]
     model: ModelSource
+    kv_blocks: int
+    block_size: int
     max_model_len: int
     workloads: tuple[Workload, ...]
-    rounds: tuple[Round, ...]
+
+    @cached_property
+    def rounds(self) -> tuple[Round, ...]:
+        """The requests of every round, with their prompts."""
+        return tuple(
+            _make_round(self.settings, self.model, workload, index)
+            for index, workload in enumerate(self.workloads)
+        )
 
     def workload_to_json(self) -> dict[str, Any]:
         """What was served, from the first round."""
         first = self.workloads[0]
         return {
             "name": first.name,
-            "arrivals": self.settings.arrivals or _usual_arrivals(first),
+            "arrivals": self.settings.arrivals or _usual_arrivals(self.settings, first),
             "rate_scale": self.settings.rate_scale,
             "num_requests": len(first.requests),
             "last_arrival_s": first.requests[-1].arrival_seconds,
@@ -63,17 +80,16 @@ def prepare(settings: BenchSettings) -> BenchPlan:
     slo = settings.slo
     defaults = {"itl_slo_ms": slo.itl_slo_ms, "ttft_slo_ms": slo.ttft_slo_ms}
     contestants = parse_contestants(settings.policies, defaults)
-    workloads = [_build_workload(settings, index) for index in range(settings.rounds)]
-    model = resolve_model(settings.model)
-    max_model_len = _max_model_len(settings, model)
+    workloads = [build_round_workload(settings, index) for index in range(settings.rounds)]
+    model, kv_blocks, block_size = _target(settings)
+    max_model_len = _max_model_len(model, kv_blocks, block_size)
     for workload in workloads:
         workload.check_fits(max_model_len)
-    rounds = [
-        _make_round(settings, model, workload, index) for index, workload in enumerate(workloads)
-    ]
     for path in settings.output_files:
         check_writable(path)
-    return BenchPlan(settings, contestants, model, max_model_len, tuple(workloads), tuple(rounds))
+    return BenchPlan(
+        settings, contestants, model, kv_blocks, block_size, max_model_len, tuple(workloads)
+    )
 
 
 def open_engine(plan: BenchPlan) -> Engine:
@@ -83,6 +99,7 @@ def open_engine(plan: BenchPlan) -> Engine:
         ConfigError: It cannot be started so.
     """
     settings = plan.settings
+    assert settings.max_num_seqs is not None and settings.model and settings.block_size
     config = LiveEngineConfig(
         model=settings.model,
         max_num_seqs=settings.max_num_seqs,
@@ -95,24 +112,83 @@ def open_engine(plan: BenchPlan) -> Engine:
     return LiveEngine(config)
 
 
-def _build_workload(settings: BenchSettings, index: int) -> Workload:
+def open_virtual_engine(settings: BenchSettings, max_model_len: int) -> VirtualEngine:
+    """Builds the virtual engine that the settings ask for.
+
+    Raises:
+        ConfigError: It cannot be built so.
+    """
+    assert settings.max_num_seqs is not None and settings.profile is not None
+    return VirtualEngine(
+        VirtualEngineConfig(
+            profile=settings.profile,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            kv_blocks=settings.kv_blocks or None,
+            max_model_len=max_model_len,
+            noise=settings.noise or 0.0,
+        )
+    )
+
+
+def build_round_workload(settings: BenchSettings, index: int) -> Workload:
+    """What is served in one round, counted from 0.
+
+    Raises:
+        ConfigError: It cannot be built.
+    """
+    arrivals = settings.arrivals
+    workload = _build_workload(settings, index, arrivals)
+    if settings.find_capacity and not workload.requests[-1].arrival_seconds:
+        # All at once has no rate to scale.
+        workload = _build_workload(settings, index, CAPACITY_ARRIVALS)
+    return workload
+
+
+def build_round(settings: BenchSettings, index: int) -> Round:
+    """The requests of one round, counted from 0.
+
+    Raises:
+        ConfigError: They cannot be built.
+    """
+    model, _, _ = _target(settings)
+    return _make_round(settings, model, build_round_workload(settings, index), index)
+
+
+def _build_workload(settings: BenchSettings, index: int, arrivals: str | None) -> Workload:
     return build_workload(
         settings.workload,
         num_requests=settings.num_requests,
-        arrivals=settings.arrivals,
+        arrivals=arrivals,
         rate_scale=settings.rate_scale,
         seed=settings.seed + index,
     )
 
 
-def _max_model_len(settings: BenchSettings, model: ModelSource) -> int:
+def _target(settings: BenchSettings) -> tuple[ModelSource, int, int]:
+    """The model, its KV blocks (0: as many as fit) and their size."""
+    if settings.engine == "live":
+        assert settings.model is not None
+        assert settings.kv_blocks is not None and settings.block_size is not None
+        return resolve_model(settings.model), settings.kv_blocks, settings.block_size
+    assert settings.profile is not None
+    profile = load_profile(settings.profile)
+    return _virtual_model(profile), settings.kv_blocks or profile.num_blocks, profile.block_size
+
+
+def _virtual_model(profile: GpuProfile) -> ModelSource:
+    """What stands for a model where there is none."""
+    return ModelSource(profile.name, Path(), VOCAB_SIZE, profile.max_model_len)
+
+
+def _max_model_len(model: ModelSource, kv_blocks: int, block_size: int) -> int:
     """The model's own limit, or what the KV cache holds where that is less."""
-    if not settings.kv_blocks:
+    if not kv_blocks:
         return model.max_model_len
     # vLLM keeps one block for itself.
-    capacity = (settings.kv_blocks - 1) * settings.block_size
+    capacity = (kv_blocks - 1) * block_size
     if capacity < 2:
-        raise ConfigError(f"kv_blocks={settings.kv_blocks} must be at least 2, or 0 for all memory")
+        raise ConfigError(f"kv_blocks={kv_blocks} must be at least 2, or 0 for all memory")
     return min(model.max_model_len, capacity)
 
 
@@ -126,9 +202,11 @@ def _make_round(
     return Round(index + 1, seed, timed)
 
 
-def _usual_arrivals(workload: Workload) -> str:
-    """What `build_workload` takes when nobody says: a file's own times, or all at once."""
-    return "saturated" if workload.requests[0].line is None else TRACE_ARRIVALS
+def _usual_arrivals(settings: BenchSettings, workload: Workload) -> str:
+    """What is taken when nobody says: a file's own times, or all at once."""
+    if workload.requests[0].line is not None:
+        return TRACE_ARRIVALS
+    return CAPACITY_ARRIVALS if settings.find_capacity else "saturated"
 
 
 def _lengths(tokens: Sequence[int]) -> dict[str, float | None]:

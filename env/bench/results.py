@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.env.bench.capacity import Capacity
 from batchpilot.env.bench.measure import Distribution, Sample
 from batchpilot.env.bench.runner import BenchRun
 
@@ -31,7 +32,8 @@ class BenchResults:
         config: Every setting of the bench, as JSON values.
         environment: What it ran on, as JSON values.
         command: The command line that runs it again.
-        runs: In the order they ran.
+        runs: In the order they ran; after a search for capacity, each policy's at its own.
+        capacity: What each policy can serve, where that was searched for.
     """
 
     engine: str
@@ -41,6 +43,7 @@ class BenchResults:
     environment: Mapping[str, Any]
     command: str
     runs: tuple[BenchRun, ...]
+    capacity: tuple[Capacity, ...] = ()
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -61,6 +64,7 @@ class BenchResults:
             "config": dict(self.config),
             "environment": dict(self.environment),
             "command": self.command,
+            **({"capacity": [c.to_json() for c in self.capacity]} if self.capacity else {}),
             "runs": [run_to_json(run) for run in self.runs],
         }
 

@@ -94,7 +94,7 @@ def run_bench(
     for number, current in enumerate(rounds):
         for contestant in rotated(contestants, number):
             progress.run_started(contestant.label, current.index, len(current.requests))
-            measurement = _run_one(engine, contestant, defaults, current, slo, progress)
+            measurement = run_one(engine, contestant, defaults, current, slo, progress)
             run = BenchRun(contestant.label, current.index, current.seed, measurement)
             progress.run_finished(run)
             runs.append(run)
@@ -121,7 +121,7 @@ def _shortened(request: EngineRequest) -> EngineRequest:
     return replace(request, output_tokens=min(request.output_tokens, WARM_UP_TOKENS))
 
 
-def _run_one(
+def run_one(
     engine: Engine,
     contestant: Contestant,
     defaults: Mapping[str, Any],
@@ -129,6 +129,12 @@ def _run_one(
     slo: Slo,
     progress: Progress,
 ) -> RunMeasurement:
+    """One contestant on a round's requests, independent of what the engine served before.
+
+    Raises:
+        ConfigError: Its policy cannot be built.
+        EngineStalledError: The engine stopped making progress.
+    """
     engine.reset()
     contestant.steer(engine, defaults)
     # Rubbish of the last run is collected here, not in the middle of this one.

@@ -9,10 +9,26 @@ from typing import Any
 
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.env.bench.measure import Slo
+from batchpilot.env.profiles import profile_names
 from batchpilot.env.workloads import DEFAULT_NUM_REQUESTS
 
-ENGINES = ("live",)
-_ALWAYS_NAMED = ("engine", "model", "policies", "workload")
+ENGINES = ("live", "virtual")
+_ALWAYS_NAMED = ("engine", "policies", "workload")
+#: What an engine takes where nothing is said. A virtual one has its cache from the profile.
+_USUAL: dict[str, dict[str, Any]] = {
+    "live": {"model": "smollm2-135m", "max_num_seqs": 128, "kv_blocks": 300, "block_size": 32},
+    "virtual": {"max_num_seqs": 256},
+}
+#: What is about files and processes, or shown elsewhere.
+_NOT_SHOWN = (
+    *("engine", "model", "profile", "workload"),
+    *("json", "html", "plot", "workers", "work_dir", "fresh"),
+)
+#: Settings that only one engine has.
+_ONLY = {
+    "live": ("model", "block_size"),
+    "virtual": ("profile", "noise", "workers", "work_dir", "fresh"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,8 +39,17 @@ class BenchSettings(Parameters):
         ConfigError: A value of the wrong type or out of range.
     """
 
-    engine: str = parameter("live", choices=ENGINES, help="live: vLLM in this process, real time")
-    model: str = parameter("smollm2-135m", help="smollm2-135m, tiny, or a model folder")
+    engine: str = parameter(
+        "live",
+        choices=ENGINES,
+        help="live: vLLM in this process, real time; virtual: vLLM's scheduler on a simulated GPU",
+    )
+    model: str | None = parameter(
+        None, help="live only: smollm2-135m (the default), tiny, or a model folder"
+    )
+    profile: str | None = parameter(
+        None, help="virtual only: the GPU and model, a profile's name or its .json file"
+    )
     policies: str = parameter(
         "static,watermark:0.05,memory", help="comma-separated; the first is the reference"
     )
@@ -50,16 +75,32 @@ class BenchSettings(Parameters):
     ttft_slo_ms: float | None = parameter(
         None, above=0, help="target for the first token in ms, queueing included"
     )
-    max_num_seqs: int = parameter(128, minimum=1, help="start-up limit of running sequences")
+    max_num_seqs: int | None = parameter(
+        None, minimum=1, help="start-up limit of running sequences (default: live 128, virtual 256)"
+    )
     max_num_batched_tokens: int = parameter(
         2048, minimum=1, help="start-up limit of tokens per step"
     )
-    kv_blocks: int = parameter(
-        300,
+    kv_blocks: int | None = parameter(
+        None,
         minimum=0,
-        help="KV blocks, few on purpose so that memory is scarce; 0 fills the engine's memory",
+        help="KV blocks; default: live 300, few on purpose so that memory is scarce, and 0 fills "
+        "the engine's memory; virtual the profile's",
     )
-    block_size: int = parameter(32, minimum=1, help="tokens per KV block")
+    block_size: int | None = parameter(
+        None, minimum=1, help="live only: tokens per KV block (default: 32)"
+    )
+    noise: float | None = parameter(
+        None, minimum=0, maximum=1, help="virtual only: relative deviation of a step's time"
+    )
+    find_capacity: bool = parameter(
+        False,
+        help="search each policy's highest arrival rate at which the targets are kept; "
+        "poisson:1, or the trace's own rate, is scaled",
+    )
+    attainment: float = parameter(
+        0.99, above=0, maximum=1, help="share of requests inside the targets that keeps them"
+    )
     rounds: int = parameter(3, minimum=1, help="times each policy runs, interleaved")
     seed: int = parameter(0, minimum=0, help="of round 1; each round adds one")
     json: str = parameter("results.json", help="where the numbers go")
@@ -68,9 +109,22 @@ class BenchSettings(Parameters):
         None, help="also draw limit, running and KV usage over time to this .svg or .png"
     )
 
+    workers: int | None = parameter(
+        None, minimum=1, help="virtual only: processes that share the runs; every core by default"
+    )
+    work_dir: str | None = parameter(
+        None, help="virtual only: folder of finished runs, so that a bench can be taken up again"
+    )
+    fresh: bool | None = parameter(None, help="virtual only: do not take finished runs from there")
+
     def __post_init__(self) -> None:
-        """Checks each value, then what must hold between them."""
+        """Checks each value, fills in the engine's defaults, then what must hold between them."""
         super().__post_init__()
+        self._check_engine()
+        for name, value in _USUAL[self.engine].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        assert self.max_num_seqs is not None
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
@@ -79,6 +133,22 @@ class BenchSettings(Parameters):
         if self.plot is not None and self.plot_kind not in ("svg", "png"):
             raise ConfigError(f"plot={self.plot!r} must end in .svg or .png")
         self._check_files_differ()
+
+    def _check_engine(self) -> None:
+        """Raises for what the engine does not have, or lacks."""
+        other = "live" if self.engine == "virtual" else "virtual"
+        for name in _ONLY[other]:
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is a setting of engine {other!r}; "
+                    f"this is {self.engine!r}"
+                )
+        if self.engine == "virtual" and self.profile is None:
+            raise ConfigError(f"engine 'virtual' needs a profile: {', '.join(profile_names())}")
+        if self.find_capacity and not self.slo.is_set:
+            raise ConfigError("find_capacity needs a target: set itl_slo_ms, ttft_slo_ms or both")
+        if self.find_capacity and self.arrivals == "saturated":
+            raise ConfigError("find_capacity scales a rate, and arrivals='saturated' has none")
 
     @property
     def slo(self) -> Slo:
@@ -110,13 +180,25 @@ class BenchSettings(Parameters):
         words = ["batchpilot", "bench"]
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name in _ALWAYS_NAMED or value != item.default:
+            if value is True:
+                words.append(option(item.name))
+            elif item.name in _ALWAYS_NAMED or self._is_chosen(item.name, item.default):
                 words += [option(item.name), str(value)]
         return shlex.join(words)
 
+    def _is_chosen(self, name: str, default: object) -> bool:
+        """Whether a setting must be written out; what is served always is."""
+        value = getattr(self, name)
+        if name == "model":
+            return value is not None
+        return bool(value != _USUAL[self.engine].get(name, default))
+
     def to_json(self) -> dict[str, Any]:
         """The settings that are about the bench itself and not about its files."""
-        elsewhere = ("engine", "model", "workload", "json", "html", "plot")
+        other = _ONLY["live" if self.engine == "virtual" else "virtual"]
+        elsewhere = {*_NOT_SHOWN, *other}
+        if not self.find_capacity:
+            elsewhere |= {"find_capacity", "attainment"}
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in elsewhere}
         return {**shown, "policies": [part.strip() for part in self.policies.split(",")]}
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from batchpilot.env.bench.capacity import Capacity
 from batchpilot.env.bench.summary import (
     LATENCY_NAMES,
     MISSING,
@@ -45,6 +46,28 @@ def print_tables(summaries: Sequence[PolicySummary], console: Console) -> None:
     for make, legend in tables:
         console.print(make(summaries))
         console.print(legend, style="dim", highlight=False)
+
+
+def print_capacity(found: Sequence[Capacity], attainment: float, console: Console) -> None:
+    """Prints the highest rate at which each policy keeps the targets."""
+    table = _table("requests/s", "x\nfirst", "inside\ntargets", "arrivals\nlast, s", "rates\ntried")
+    first = found[0].rate_per_s
+    for capacity in found:
+        table.add_row(
+            Text(capacity.policy),
+            ("" if capacity.is_bounded else "at least ") + number(capacity.rate_per_s),
+            f"{capacity.rate_per_s / first:.2f}" if first else MISSING,
+            percent(capacity.attainment),
+            number(capacity.arrivals_s),
+            str(len(capacity.points)),
+        )
+    console.print(table)
+    legend = (
+        f"Capacity: the highest rate at which {percent(attainment)} of all requests are inside the "
+        "targets, to 2 %. 0: not even at the lowest rate tried. The tables above are at that rate. "
+        "Where the arrivals last a few seconds only, more requests are needed for a lasting rate."
+    )
+    console.print(legend, style="dim", highlight=False)
 
 
 def throughput_table(summaries: Sequence[PolicySummary]) -> Table:

@@ -34,6 +34,11 @@ COMMANDS = {
         "env",
         "run one workload under several policies and compare them",
     ),
+    "calibrate": Command(
+        "batchpilot.env.calibrate.cli",
+        "env",
+        "measure an engine's step times and write a GPU profile",
+    ),
 }
 
 

@@ -1,0 +1,1 @@
+"""Measures an engine's step times and fits a GPU profile to them."""

@@ -1,0 +1,1 @@
+"""Recorded traffic that comes with batchpilot; `sources.json` says whose it is."""

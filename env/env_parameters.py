@@ -1,0 +1,89 @@
+"""The settings of the environments; also the keywords of `gymnasium.make`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchpilot.agents.features import LatencyTargets
+from batchpilot.agents.parameters import ConfigError, parameter
+from batchpilot.env.workloads import WorkloadSpec, read_spec
+
+
+@dataclass(frozen=True)
+class EnvParameters(LatencyTargets):
+    """What every environment of this kind takes; also keywords of `gymnasium.make`.
+
+    Attributes:
+        num_requests: Most requests of an episode; None: as many as the horizon needs (see
+            `RequestStream`).
+        rate_spread: Each episode multiplies `rate_scale` by a factor drawn from 1 / rate_spread to
+            rate_spread, evenly on a log scale; 1 draws nothing.
+        random_start: Each episode replays another stretch of a trace.
+        capacity_tokens_per_s: The goodput that counts as 1 in the reward; None: worked out from
+            the engine and the workload's mean lengths.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of range, or two that do not go together.
+    """
+
+    workload: str = parameter("chat", help="see WorkloadSpec")
+    arrivals: str | None = parameter(None, help="see WorkloadSpec")
+    num_requests: int | None = parameter(None, minimum=1, help="most requests of an episode")
+    rate_scale: float = parameter(1.0, above=0, help="multiplies the arrival rate")
+    rate_spread: float = parameter(1.0, minimum=1, help="each episode's rate, at random")
+    random_start: bool = parameter(False, help="replay another stretch of a trace each episode")
+    itl_slo_ms: float | None = parameter(50.0, above=0, help="target for a request's TPOT")
+    ttft_slo_ms: float | None = parameter(5000.0, above=0, help="target for a request's TTFT")
+    decision_interval_s: float = parameter(1.0, above=0, help="engine time between two actions")
+    horizon_s: float = parameter(120.0, above=0, help="engine time of an episode")
+    min_num_seqs: int = parameter(1, minimum=1, help="max_num_seqs of the action -1")
+    min_num_batched_tokens: int = parameter(
+        64, minimum=1, help="max_num_batched_tokens of the action -1"
+    )
+    slo_weight: float = parameter(0.5, minimum=0, help="weight of late requests in the reward")
+    preemption_weight: float = parameter(0.5, minimum=0, help="weight of work thrown away")
+    capacity_tokens_per_s: float | None = parameter(None, above=0, help="goodput that counts as 1")
+
+    def __post_init__(self) -> None:
+        """Checks each value, then what must hold between them."""
+        super().__post_init__()
+        if self.horizon_s < self.decision_interval_s:
+            raise ConfigError(
+                f"horizon_s={self.horizon_s:g} must be at least "
+                f"decision_interval_s={self.decision_interval_s:g}"
+            )
+
+    @property
+    def workload_spec(self) -> WorkloadSpec:
+        """The workload that the parameters describe."""
+        return read_spec(
+            WorkloadSpec(self.workload, self.arrivals, self.num_requests, self.rate_scale)
+        )
+
+
+@dataclass(frozen=True)
+class VirtualEnvParameters(EnvParameters):
+    """The parameters of `batchpilot/BatchLimits-v0`: those of `EnvParameters`, and the engine's.
+
+    The defaults are a GPU whose KV cache is scarce under traffic in bursts, so that both limits
+    matter: too few sequences leave requests waiting, too many are preempted.
+    """
+
+    workload: str = parameter(
+        "lognormal:prompt_mean=200:output_mean=400:output_sigma=0.9:output_max=2048",
+        help="see WorkloadSpec",
+    )
+    arrivals: str | None = parameter("gamma:4.5:3", help="see WorkloadSpec")
+    itl_slo_ms: float | None = parameter(35.0, above=0, help="target for a request's TPOT")
+    ttft_slo_ms: float | None = parameter(3000.0, above=0, help="target for a request's TTFT")
+    profile: str = parameter("llama-3.1-8b-rtx4090", help="GPU profile, a name or a file")
+    max_num_seqs: int = parameter(256, minimum=2, help="start-up limit; that of the action 1")
+    max_num_batched_tokens: int = parameter(
+        2048, minimum=2, help="start-up limit; that of the action 1"
+    )
+    kv_blocks: int | None = parameter(None, minimum=2, help="KV blocks; None takes the profile's")
+    enable_prefix_caching: bool = parameter(True, help="reuse KV blocks of equal prefixes")
+    async_scheduling: bool = parameter(True, help="schedule a step ahead, as on a GPU")
+    noise: float = parameter(
+        0.0, minimum=0, maximum=1, help="relative standard deviation of a step's time"
+    )

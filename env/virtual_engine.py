@@ -1,0 +1,408 @@
+"""A GPU that is not there: vLLM's own scheduler, the hook that ships, and a virtual clock.
+
+Scheduler and KV-cache manager are vLLM's, so that admission, chunking, prefix caching and
+preemption are exactly its own. The model is replaced by a GPU profile, whose step-time form says
+how long each step would take; the clock jumps by so much. Hours of a large model pass in seconds,
+and the same requests under the same seed give the same numbers to the last digit.
+
+Time, as in vLLM's engine core: tokens are there when their step ends. A request that arrives in
+the middle of a step is queued once the step is over. With asynchronous scheduling step n+1 is
+scheduled while step n runs, so that such a request first runs in step n+2.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from batchpilot.agents.limits import BatchLimits, Decision, EngineFacts, EngineSnapshot, StepRecord
+from batchpilot.agents.parameters import ConfigError, Parameters, parameter
+from batchpilot.agents.policy import LimitPolicy
+from batchpilot.env.cache import build_once, cache_folder
+from batchpilot.env.engine import EngineRequest, EngineStep, SchedulerHook
+from batchpilot.env.models import TINY_CONFIG
+from batchpilot.env.process import prepare_process
+from batchpilot.env.profiles import GpuProfile, load_profile
+from batchpilot.env.scheduler_core import SchedulerCore, SchedulerCoreConfig
+
+#: Token ids of prompts run from 0 to this, exclusive; no model reads them, only the prefix cache.
+VOCAB_SIZE = 128_000
+_MOST_DRAIN_STEPS = 16
+#: Empty steps in a row after which there is nothing to run: one in the queue, one just scheduled.
+_MOST_EMPTY_STEPS = 3
+_LONGEST_MODEL_LEN = 2**24
+_GARBAGE_THRESHOLD = 50_000  # objects made until the youngest are searched; Python's own is 700
+
+
+@dataclass(frozen=True)
+class VirtualEngineConfig(Parameters):
+    """How the engine is set up; names and meanings are vLLM's unless said.
+
+    Attributes:
+        profile: The GPU and model: a profile's name or file, or a `GpuProfile` itself.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of range, or two that do not go together.
+    """
+
+    profile: str | GpuProfile
+    max_num_seqs: int = parameter(256, minimum=1, help="start-up limit of running sequences")
+    max_num_batched_tokens: int = parameter(2048, minimum=1, help="start-up limit of a step")
+    kv_blocks: int | None = parameter(
+        None, minimum=2, help="KV blocks, one of which vLLM keeps; None takes the profile's"
+    )
+    max_model_len: int | None = parameter(
+        None, minimum=2, help="longest prompt and output together; None takes what fits"
+    )
+    enable_prefix_caching: bool = parameter(True, help="reuse KV blocks of equal prefixes")
+    enable_chunked_prefill: bool = parameter(True, help="let a prompt span several steps")
+    async_scheduling: bool = parameter(True, help="schedule a step ahead, as vLLM on a GPU does")
+    scheduling_policy: str = parameter(
+        "fcfs", choices=("fcfs", "priority"), help="which waiting request goes first"
+    )
+    noise: float = parameter(
+        0.0, minimum=0, maximum=1, help="relative standard deviation of a step's time"
+    )
+    seed: int = parameter(0, minimum=0, help="of the noise")
+
+    def __post_init__(self) -> None:
+        """Checks each value, then what must hold between them."""
+        super().__post_init__()
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}: each running sequence takes a token of a step"
+            )
+
+
+class _Step(NamedTuple):
+    """A step on the GPU: vLLM's output for it, and how long it takes."""
+
+    output: Any
+    scheduled_at: float
+    seconds: float
+
+
+class VirtualEngine:
+    """A simulated vLLM on a virtual clock; implements `batchpilot.env.engine.Engine`.
+
+    Each `step` completes one engine step and moves the clock to its end. Any number of engines can
+    live in one process.
+
+    Args:
+        config: How it is set up.
+
+    Raises:
+        ConfigError: An unknown profile, or a configuration that vLLM refuses.
+    """
+
+    def __init__(self, config: VirtualEngineConfig) -> None:
+        """Builds vLLM's scheduler: a second, and milliseconds for a configuration seen before."""
+        prepare_process()
+        self.config = config
+        self.profile = (
+            load_profile(config.profile) if isinstance(config.profile, str) else config.profile
+        )
+        core_config = _core_config(config, self.profile)
+        self.max_model_len = core_config.max_model_len
+        self._core = SchedulerCore(core_config, _model_folder())
+        _relieve_garbage_collector()
+        self._hook: SchedulerHook = self._core.hook
+        self._seconds = self.profile.step_time.seconds
+        self._in_flight: deque[_Step] = deque()
+        self._unfinished: set[str] = set()
+        self._policy: LimitPolicy | None = None
+        self._record: StepRecord | None = None
+        self._closed = False
+        self._clock = self._gpu_free_at = 0.0
+        self._chance = random.Random(config.seed)
+        self._hook.set_clock(lambda: self._clock)
+        self._hook.set_policy(None)
+        self._hook.set_listener(self._hear)
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What does not change while it runs."""
+        return self._hook.facts
+
+    @property
+    def clock_seconds(self) -> float:
+        """Virtual seconds since the last reset."""
+        return self._clock
+
+    @property
+    def applied_limits(self) -> BatchLimits:
+        """The limits of the newest step."""
+        return self._hook.applied_limits
+
+    @property
+    def decision(self) -> Decision | None:
+        """The newest decision behind them, None before the first."""
+        return self._hook.decision
+
+    def snapshot(self) -> EngineSnapshot:
+        """What a policy would see now, in virtual time."""
+        return self._hook.snapshot()
+
+    def set_policy(self, policy: LimitPolicy | None, *, watermark: float = 0.0) -> None:
+        """Steers by `policy` from the next step on; None leaves vLLM alone.
+
+        Args:
+            policy: Decides before each step.
+            watermark: vLLM's own share of KV blocks kept free at admission, from 0 to below 1.
+
+        Raises:
+            ValueError: A watermark out of range.
+        """
+        if not 0.0 <= watermark < 1.0:
+            raise ValueError(f"watermark={watermark} must be at least 0 and below 1")
+        self._open_core()
+        self._policy = policy
+        self._hook.set_policy(policy)
+        # As vLLM computes it at start, from its own count of blocks.
+        scheduler = self._core.scheduler
+        blocks = int(watermark * scheduler.kv_cache_config.num_blocks)
+        scheduler.kv_cache_manager.watermark_blocks = blocks
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queues a request now; it generates exactly `output_tokens` tokens.
+
+        Raises:
+            ValueError: The engine can never serve it: empty, too long, or an id in use.
+        """
+        self._check_request(request)
+        self._open_core().add_request(request)
+        self._unfinished.add(request.request_id)
+
+    def abort_request(self, request_id: str) -> None:
+        """Ends a request early; unknown ids are ignored."""
+        self._open_core().abort_request(request_id)
+        self._unfinished.discard(request_id)
+
+    def abort_all(self) -> int:
+        """Ends every unfinished request, as at the end of an episode.
+
+        Returns:
+            How many there were.
+        """
+        # In order of their names: a set's own order differs from process to process.
+        request_ids = sorted(self._unfinished)
+        for request_id in request_ids:
+            self.abort_request(request_id)
+        return len(request_ids)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything left to do."""
+        return bool(self._unfinished)
+
+    def step(self) -> EngineStep:
+        """Runs one step to its end and moves the clock there.
+
+        Raises:
+            RuntimeError: The policy failed and vLLM now runs by itself: what was measured from
+                here on would not be the policy.
+        """
+        self._open_core()
+        self._record = None
+        outputs = self._run_step()
+        if self._policy is not None:
+            self._check_steered()
+        finished = tuple(o.request_id for o in outputs if o.finish_reason is not None)
+        self._unfinished.difference_update(finished)
+        return EngineStep(
+            clock_seconds=self._clock,
+            new_tokens={o.request_id: len(o.new_token_ids) for o in outputs if o.new_token_ids},
+            finished=finished,
+            record=self._record,
+        )
+
+    def wait_until(self, clock_seconds: float) -> None:
+        """Moves the clock on to that time; does nothing when it is past."""
+        self._open_core()
+        self._clock = max(self._clock, clock_seconds)
+
+    def reset(self, seed: int | None = None) -> None:
+        """Makes the next run independent of the last: clock, noise, prefix cache and records.
+
+        The policy stays, with what it has learned; set a fresh one where that matters.
+
+        Args:
+            seed: Of the noise from here on; None takes the configuration's again.
+
+        Raises:
+            RuntimeError: Requests are still unfinished, or vLLM still holds their blocks.
+        """
+        core = self._open_core()
+        if self._unfinished:
+            raise RuntimeError(
+                f"cannot reset with {len(self._unfinished)} unfinished requests; "
+                "step until they finish, or abort_all()"
+            )
+        self._drain()
+        if not core.scheduler.reset_prefix_cache():
+            raise RuntimeError("vLLM did not drop its prefix cache: blocks are still in use")
+        self._rewind(self.config.seed if seed is None else seed)
+        self._hook.set_policy(self._policy)
+
+    def close(self) -> None:
+        """Frees the scheduler; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._hook.set_listener(None)
+        self._core.scheduler.shutdown()
+
+    def __enter__(self) -> Self:
+        """The engine itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def _rewind(self, seed: int) -> None:
+        self._clock = 0.0
+        self._gpu_free_at = 0.0
+        self._chance = random.Random(seed)
+
+    def _schedule_ahead(self) -> None:
+        """Fills vLLM's batch queue: one step, or two with asynchronous scheduling."""
+        core = self._core
+        depth = 2 if self.config.async_scheduling else 1
+        while len(self._in_flight) < depth and core.scheduler.has_requests():
+            output = core.schedule()
+            # A step without tokens never reaches the GPU, but keeps its place in the queue.
+            empty = not output.total_num_scheduled_tokens
+            seconds = 0.0 if empty else self._step_seconds()
+            self._in_flight.append(_Step(output, self._clock, seconds))
+            if empty:
+                return
+
+    def _run_step(self) -> Sequence[Any]:
+        """Ends the oldest step, once it is clear what runs behind it; returns what it gave."""
+        for _ in range(_MOST_EMPTY_STEPS):
+            self._schedule_ahead()
+            if not self._in_flight:
+                break
+            has_tokens = self._in_flight[0].output.total_num_scheduled_tokens > 0
+            outputs = self._complete()
+            if has_tokens or outputs:
+                return outputs
+        return ()
+
+    def _complete(self) -> Sequence[Any]:
+        """Lets the oldest step end, and moves the clock there."""
+        step = self._in_flight.popleft()
+        if not step.seconds:
+            return self._core.complete(step.output)
+        started_at = max(step.scheduled_at, self._gpu_free_at)
+        self._gpu_free_at = started_at + step.seconds
+        self._clock = max(self._clock, self._gpu_free_at)
+        return self._core.complete(step.output)
+
+    def _step_seconds(self) -> float:
+        """How long the step just scheduled takes."""
+        load = self._core.load
+        seconds = self._seconds(load.decode_seqs, load.prefill_tokens, load.kv_tokens)
+        noise = self.config.noise
+        if noise:
+            # Lognormal with mean 1: never negative, and the mean step time stays.
+            sigma = math.sqrt(math.log1p(noise * noise))
+            seconds *= math.exp(self._chance.gauss(-0.5 * sigma * sigma, sigma))
+        return seconds
+
+    def _drain(self) -> None:
+        """Lets vLLM forget every request that ended, also one scheduled ahead."""
+        for _ in range(_MOST_DRAIN_STEPS):
+            if not (self._in_flight or self._core.scheduler.has_requests()):
+                return
+            self._run_step()
+        raise RuntimeError(f"vLLM still holds requests {_MOST_DRAIN_STEPS} steps after the last")
+
+    def _hear(self, record: StepRecord) -> None:
+        self._record = record
+
+    def _open_core(self) -> SchedulerCore:
+        if self._closed:
+            raise RuntimeError("this engine is closed")
+        return self._core
+
+    def _check_steered(self) -> None:
+        reason = self._hook.passthrough_reason
+        if reason is not None:
+            raise RuntimeError(f"batchpilot does not steer this engine: {reason}")
+
+    def _check_request(self, request: EngineRequest) -> None:
+        """Raises for what vLLM would refuse, or would keep waiting for ever."""
+        name, prompt = request.request_id, len(request.prompt_token_ids)
+        if name in self._unfinished:
+            raise ValueError(f"request id {name!r} is in use")
+        if not prompt:
+            raise ValueError(f"request {name!r}: the prompt is empty")
+        if request.output_tokens < 1:
+            raise ValueError(f"request {name!r}: output_tokens={request.output_tokens} is below 1")
+        # The last token is never written to the cache: nothing is generated from it.
+        capacity = self.facts.kv_capacity_tokens + 1
+        longest = min(self.max_model_len, capacity)
+        if prompt + request.output_tokens > longest:
+            raise ValueError(
+                f"request {name!r}: {prompt} prompt + {request.output_tokens} output tokens are "
+                f"more than {longest} (max_model_len {self.max_model_len}, "
+                f"KV cache {capacity - 1} tokens)"
+            )
+
+
+def _core_config(config: VirtualEngineConfig, profile: GpuProfile) -> SchedulerCoreConfig:
+    """The scheduler's settings: the profile's where the configuration leaves them open."""
+    kv_blocks = config.kv_blocks or profile.num_blocks
+    fits = min(profile.max_model_len, (kv_blocks - 1) * profile.block_size)  # one is vLLM's own
+    if config.max_model_len is not None and config.max_model_len > profile.max_model_len:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} must be at most {profile.max_model_len}, "
+            f"what profile {profile.name!r} allows"
+        )
+    return SchedulerCoreConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_blocks=kv_blocks,
+        block_size=profile.block_size,
+        max_model_len=config.max_model_len or max(2, fits),
+        async_scheduling=config.async_scheduling,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        scheduling_policy=config.scheduling_policy,
+    )
+
+
+def _model_folder() -> Path:
+    """A model's config.json that allows any context length: all that vLLM asks for here."""
+    text = json.dumps({**TINY_CONFIG, "max_position_embeddings": _LONGEST_MODEL_LEN}, indent=2)
+    version = hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def write(folder: Path) -> None:
+        (folder / "config.json").write_text(text)
+
+    target = cache_folder() / f"no-model-{version}"
+    return build_once(target, write, needed_bytes=len(text))
+
+
+@lru_cache(maxsize=1)
+def _relieve_garbage_collector() -> None:
+    """Spares steps a tenth of their time, once and for the whole process.
+
+    What is loaded is taken out of the collector's sight, as vLLM's engine core does: else millions
+    of objects of torch and vLLM are searched again and again. And it looks less often: a step makes
+    hundreds of objects, all of which go by themselves.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])

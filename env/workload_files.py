@@ -1,0 +1,83 @@
+"""Workloads described in a YAML file: the same description as on a command line.
+
+Phases may be written as a list; each is then a kind with its parameters, and from the second on
+`at_s`, the second it begins at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from batchpilot.agents.parameters import ConfigError
+
+AT = "at_s"
+_PHASED = ("workload", "arrivals")
+
+
+def read_workload_file(path: Path) -> dict[str, Any]:
+    """Reads the keys of `WorkloadSpec`, lists of phases turned into their text form.
+
+    A CSV file named in it is looked for beside it.
+
+    Raises:
+        ConfigError: The file cannot be read, or is not such a description; names file and key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read workload file {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a list of `key: value` lines")
+    values = {str(key): value for key, value in content.items()}
+    for key in _PHASED:
+        if values.get(key) is not None:
+            values[key] = _text_form(values[key], where=f"{path}: {key}")
+    if "workload" in values:
+        values["workload"] = _beside(path, values["workload"])
+    return values
+
+
+def _beside(path: Path, workload: str) -> str:
+    candidate = path.parent / workload
+    return str(candidate) if "," not in workload and candidate.is_file() else workload
+
+
+def _text_form(value: Any, *, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{where}={value!r} is neither a text nor a list of phases")
+    phases = [_phase(item, f"{where}[{number}]") for number, item in enumerate(value)]
+    if "@" in phases[0]:
+        raise ConfigError(f"{where}[0]: the first phase begins at the start; leave {AT} out")
+    return ",".join(phases)
+
+
+def _phase(item: Any, where: str) -> str:
+    """One phase as `kind:key=value@start`."""
+    if isinstance(item, str):
+        return item
+    if not isinstance(item, dict):
+        raise ConfigError(f"{where}={item!r} is neither a text nor `kind: parameters`")
+    kinds = [key for key in item if key != AT]
+    if len(kinds) != 1:
+        raise ConfigError(f"{where}={item!r} must name one kind, and may have {AT}")
+    parameters = item[kinds[0]]
+    start = f"@{item[AT]}" if AT in item else ""
+    return ":".join([str(kinds[0]), *_pairs(parameters, f"{where}.{kinds[0]}")]) + start
+
+
+def _pairs(parameters: Any, where: str) -> list[str]:
+    if parameters is None:
+        return []
+    if isinstance(parameters, Mapping):
+        return [f"{key}={value}" for key, value in parameters.items() if value is not None]
+    if isinstance(parameters, int | float | str):
+        return [str(parameters)]
+    raise ConfigError(f"{where}={parameters!r} is not `key: value` pairs")
