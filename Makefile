@@ -9,7 +9,7 @@ TEST_ARGS ?=
 export HF_HUB_OFFLINE := 1
 
 
-.PHONY: help setup demo bench-live test test-slow lint types compat fidelity bench-env bench-overhead clean
+.PHONY: help setup demo bench-live test test-slow lint compat bench-virtual fidelity bench-env bench-overhead clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -53,6 +53,11 @@ bench-env: setup  ## engine and environment steps per second, in one and two pro
 
 bench-overhead: setup  ## what batchpilot's code adds to each vLLM step, by policy
 	$(BIN)/python -m batchpilot.env.bench.overhead
+
+bench-virtual: setup  ## the README's figures on a virtual RTX 4090 whose KV cache is scarce
+	$(BIN)/batchpilot bench --engine virtual --profile llama-3.1-8b-rtx4090 --workload sharegpt --num-requests 1000 \
+	  --arrivals saturated --rounds 3 --policies static,watermark:0.05,watermark:0.1,memory,memory-clt,memory-peak \
+	  --json results/virtual.json --html results/virtual.html
 
 fidelity: setup  ## the virtual GPU against real runs: replays, and where more sequences stop helping
 	$(BIN)/python -m batchpilot.env.fidelity

@@ -67,8 +67,8 @@ class MemoryPeakPolicy:
 
     Limitations: it does not know a request's own length, only the distribution of all; a shift of
     lengths is learned within some tens of completions. A look at every sequence costs O(N log N),
-    so the door stays shut until a sequence ends or `recheck_steps` have passed, and is looked at no
-    more often than every N / 32 steps.
+    so a shut door is tried again only when a sequence ends or after `recheck_steps`, and no more
+    often than every N / 32 steps; one that ends in between makes no room.
     """
 
     def __init__(self, params: MemoryPeakParameters) -> None:
@@ -79,6 +79,7 @@ class MemoryPeakPolicy:
         self._lengths = LengthEstimator()
         self._decision: Decision | None = None
         self._running = 0
+        self._grant = 0
         self._steps_since_look = params.recheck_steps
         self._must_look = True
 
@@ -87,16 +88,17 @@ class MemoryPeakPolicy:
         self._lengths.observe(step)
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
-        """Opens the door for as many as a look finds room for, and shuts it until the next."""
+        """Opens the door for as many as a look finds room for; they may come in over many steps."""
         self._steps_since_look += 1
+        self._grant = max(0, self._grant - max(0, snapshot.running - self._running))
         # Fewer run than a step ago: some have ended or were preempted, and the peak has moved.
         if not snapshot.waiting or snapshot.running < self._running:
             self._must_look = True
         decision = self._decision
         if snapshot.waiting and self._may_look(snapshot.running):
             decision = self._look(snapshot)
-        elif decision is None or decision.limits.max_num_seqs != max(snapshot.running, 1):
-            decision = self._closed(snapshot)
+        elif decision is None or decision.limits.max_num_seqs != snapshot.running + self._grant:
+            decision = self._until_next_look(snapshot)
         self._running = snapshot.running
         self._decision = decision
         return decision
@@ -106,11 +108,12 @@ class MemoryPeakPolicy:
             return self._steps_since_look >= self._recheck_steps
         return self._steps_since_look > running // SEQUENCES_LOOKED_AT_PER_STEP
 
-    def _closed(self, snapshot: EngineSnapshot) -> Decision:
-        """Nobody comes in until the next look; with nobody waiting, the start-up limits."""
+    def _until_next_look(self, snapshot: EngineSnapshot) -> Decision:
+        """Those granted and nobody else; with nobody waiting, the start-up limits."""
         if not snapshot.waiting:
             return startup_decision(snapshot, "nothing waits")
-        return memory_decision(snapshot, snapshot.running, "closed until the next look")
+        granted = snapshot.running + self._grant
+        return memory_decision(snapshot, granted, "peak of future memory, as last looked at")
 
     def _look(self, snapshot: EngineSnapshot) -> Decision:
         running = snapshot.read_running()
@@ -121,11 +124,13 @@ class MemoryPeakPolicy:
         self._steps_since_look = 0
         if lengths is None or lengths.relative_error > LARGEST_RELATIVE_ERROR or not running:
             self._must_look = True
-            return self._by_blocks.decide(snapshot)
-        admitted = self._admissible(snapshot, running, waiting, lengths)
-        # The token budget may keep some of them out, and after them there may be room for more.
-        self._must_look = admitted > 0
-        return memory_decision(snapshot, snapshot.running + admitted, "peak of future memory")
+            decision = self._by_blocks.decide(snapshot)
+            self._grant = decision.limits.max_num_seqs - snapshot.running
+            return decision
+        self._grant = self._admissible(snapshot, running, waiting, lengths)
+        # After those there may be room for more.
+        self._must_look = self._grant > 0
+        return memory_decision(snapshot, snapshot.running + self._grant, "peak of future memory")
 
     def _admissible(
         self,

@@ -111,14 +111,23 @@ def test_it_reads_the_sequences_only_when_an_admission_is_at_hand():
     assert queue.reads == 2
 
 
-def test_a_door_once_open_shuts_behind_those_it_was_opened_for():
+def test_those_granted_may_come_in_over_several_steps_and_nobody_beside_them():
     policy = taught(output_tokens=200)
     queue = Queue([SequenceState(96, 190, 0)] * 40, [SequenceState(0, 0, 100)] * 60)
-    assert policy.decide(queue.snapshot()).limits.max_num_seqs > 40
-    queue.running = queue.running[:39]
-    closed = policy.decide(queue.snapshot())  # too soon for another look at 39 sequences
-    assert closed.limits.max_num_seqs == 39
-    assert closed.reason == "closed until the next look"
+    granted = policy.decide(queue.snapshot()).limits.max_num_seqs - 40
+    assert granted > 3
+    queue.running = queue.running + [SequenceState(0, 0, 100)] * 3  # the token budget took three
+    decision = policy.decide(queue.snapshot())  # too soon for another look at 43 sequences
+    assert decision.limits.max_num_seqs == 40 + granted
+    assert queue.reads == 1
+
+
+def test_a_sequence_that_ends_makes_no_room_before_the_next_look():
+    policy = taught(output_tokens=200)
+    queue = Queue([SequenceState(192, 92, 0)] * 41, [SequenceState(0, 0, 3000)] * 3)
+    assert policy.decide(queue.snapshot()).limits.max_num_seqs == 41
+    queue.running = queue.running[1:]
+    assert policy.decide(queue.snapshot()).limits.max_num_seqs == 40
 
 
 @pytest.mark.parametrize("running", [1, 40, 256])
