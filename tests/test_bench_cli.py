@@ -234,7 +234,13 @@ def test_ctrl_c_stops_a_real_engine(folder):
     lengths = "fixed:prompt_tokens=20:output_tokens=200"
     words = [*BASE, lengths, "--num-requests", "200", "--policies", "static"]
     command = [sys.executable, "-m", "batchpilot", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as bench:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in a shell's background inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as bench:
         lines = iter(bench.stderr.readline, "")
         assert any("tok/s" in line for line in lines)
         bench.send_signal(signal.SIGINT)

@@ -51,7 +51,8 @@ def server_command(port, settings):
 
 
 def environment(**more):
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **more}
+    ours = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    return {**os.environ, **ours, **more}
 
 
 @pytest.fixture(scope="module")
