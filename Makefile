@@ -9,7 +9,7 @@ TEST_ARGS ?=
 export HF_HUB_OFFLINE := 1
 
 
-.PHONY: help setup demo bench-live test test-slow lint compat bench-virtual fidelity bench-env bench-overhead clean
+.PHONY: help setup demo bench-live test test-slow lint compat bench-virtual fidelity fidelity-live bench-env bench-overhead clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ bench-virtual: setup  ## the README's figures on a virtual RTX 4090 whose KV cac
 
 fidelity: setup  ## the virtual GPU against real runs: replays, and where more sequences stop helping
 	$(BIN)/python -m batchpilot.env.fidelity
+
+fidelity-live: setup  ## the virtual engine against a live one on this machine: calibrates, then compares
+	$(BIN)/python -m batchpilot.env.fidelity_live
 
 compat: setup  ## prove the vLLM adapter against the sources of other releases (downloads wheels)
 	$(BIN)/python -m pytest -m compat -rA tests/test_compat.py $(TEST_ARGS)
