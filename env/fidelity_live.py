@@ -73,7 +73,7 @@ class Setup:
     model: str = "smollm2-135m"
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    kv_blocks: int = 128
+    kv_blocks: int = 96
     block_size: int = 32
 
 
