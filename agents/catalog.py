@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
+from batchpilot.agents.concurrency import (
+    AimdParameters,
+    AimdPolicy,
+    Gradient2Parameters,
+    Gradient2Policy,
+)
 from batchpilot.agents.memory import (
     MemoryCltParameters,
     MemoryCltPolicy,
@@ -14,10 +20,12 @@ from batchpilot.agents.memory import (
     MemoryPolicy,
 )
 from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
+from batchpilot.agents.p_pas import PPasParameters, PPasPolicy
 from batchpilot.agents.parameters import ConfigError, Parameters
 from batchpilot.agents.policy import LimitPolicy
 from batchpilot.agents.sla import SlaGuardedPolicy, SlaParameters, SlaPolicy
 from batchpilot.agents.static import StaticParameters, StaticPolicy
+from batchpilot.agents.trtllm import TrtllmParameters, TrtllmPolicy
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,10 @@ POLICIES: dict[str, PolicyKind] = {
     "sla": PolicyKind(SlaParameters, SlaPolicy),
     "sla-guarded": PolicyKind(SlaParameters, SlaGuardedPolicy),
     "memory+sla": PolicyKind(MemorySlaParameters, MemorySlaPolicy),
+    "trtllm": PolicyKind(TrtllmParameters, TrtllmPolicy),
+    "p-pas": PolicyKind(PPasParameters, PPasPolicy),
+    "aimd": PolicyKind(AimdParameters, AimdPolicy),
+    "gradient2": PolicyKind(Gradient2Parameters, Gradient2Policy),
 }
 
 
