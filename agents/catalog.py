@@ -16,6 +16,7 @@ from batchpilot.agents.memory import (
 from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
 from batchpilot.agents.parameters import ConfigError, Parameters
 from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.predictive import PredictiveParameters, PredictivePolicy
 from batchpilot.agents.sla import SlaGuardedPolicy, SlaParameters, SlaPolicy
 from batchpilot.agents.static import StaticParameters, StaticPolicy
 
@@ -36,6 +37,7 @@ POLICIES: dict[str, PolicyKind] = {
     "sla": PolicyKind(SlaParameters, SlaPolicy),
     "sla-guarded": PolicyKind(SlaParameters, SlaGuardedPolicy),
     "memory+sla": PolicyKind(MemorySlaParameters, MemorySlaPolicy),
+    "predictive": PolicyKind(PredictiveParameters, PredictivePolicy),
 }
 
 
