@@ -23,6 +23,7 @@ from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
 from batchpilot.agents.p_pas import PPasParameters, PPasPolicy
 from batchpilot.agents.parameters import ConfigError, Parameters
 from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.predictive import PredictiveParameters, PredictivePolicy
 from batchpilot.agents.sla import SlaGuardedPolicy, SlaParameters, SlaPolicy
 from batchpilot.agents.static import StaticParameters, StaticPolicy
 from batchpilot.agents.trtllm import TrtllmParameters, TrtllmPolicy
@@ -48,6 +49,7 @@ POLICIES: dict[str, PolicyKind] = {
     "p-pas": PolicyKind(PPasParameters, PPasPolicy),
     "aimd": PolicyKind(AimdParameters, AimdPolicy),
     "gradient2": PolicyKind(Gradient2Parameters, Gradient2Policy),
+    "predictive": PolicyKind(PredictiveParameters, PredictivePolicy),
 }
 
 
