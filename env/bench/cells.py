@@ -69,7 +69,7 @@ class Cell:
                 "noise": chosen.noise,
                 "requests": hashlib.sha256(served.encode()).hexdigest(),
                 "slo": asdict(chosen.slo),
-                "policy": self.contestant.label,
+                "policy": self.contestant.identity,
                 "seed": self.seed,
                 "vllm": vllm_version(),
             }
