@@ -100,8 +100,9 @@ class OnnxModel:
         norm = self._normalisation
         if norm is None:
             return observation
-        scaled: Floats32 = (observation - self._mean) / self._std
-        return scaled.clip(-norm.clip, norm.clip)
+        scaled = (observation - self._mean) / self._std
+        clipped: Floats32 = np.clip(scaled, -norm.clip, norm.clip)
+        return clipped
 
 
 def probe_observations(size: int) -> Floats32:
