@@ -101,8 +101,7 @@ class OnnxModel:
         if norm is None:
             return observation
         scaled = (observation - self._mean) / self._std
-        clipped: Floats32 = np.clip(scaled, -norm.clip, norm.clip)
-        return clipped
+        return np.clip(scaled, -norm.clip, norm.clip)
 
 
 def probe_observations(size: int) -> Floats32:
@@ -115,7 +114,8 @@ def probe_observations(size: int) -> Floats32:
     inside = rng.uniform(-1.0, 1.0, (_PROBES, size))
     corners = rng.choice([-1.0, 1.0], (_PROBES, size))
     edges = np.stack([np.full(size, value) for value in (-1.0, 0.0, 1.0)])
-    return np.concatenate([edges, inside, corners]).astype(np.float32)
+    probes: Floats32 = np.concatenate([edges, inside, corners]).astype(np.float32)
+    return probes
 
 
 def check_outputs(model: PolicyModel, artefact: Artefact) -> None:

@@ -1,6 +1,6 @@
 """Writes a small trained-looking policy without training: `memory+sla`, as a network.
 
-python -m batchpilot.service.make_example_policy FOLDER [--version 1] [--shift-seqs 0] [--interval 1]
+python -m batchpilot.service.make_example_policy FOLDER [--shift-seqs X] [--interval S]
 
 The network is a residual one on the base policy `memory+sla` whose output is 0 whatever it sees, so
 that its limits are `memory+sla`'s own, step by step and to the last sequence: proof that the path
