@@ -19,7 +19,7 @@ from batchpilot.agents.shield import SafetyBounds
 CONFIG_KEY = "batchpilot"
 ENVIRONMENT_PREFIX = "BATCHPILOT_"
 #: Variables of other parts of batchpilot, which are not settings of the hook.
-OTHER_VARIABLES = frozenset({"BATCHPILOT_CACHE"})
+OTHER_VARIABLES = frozenset({"BATCHPILOT_CACHE", "BATCHPILOT_POLICIES"})
 
 
 @dataclass(frozen=True)

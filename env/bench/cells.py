@@ -70,7 +70,7 @@ class Cell:
                 "noise": chosen.noise,
                 "requests": hashlib.sha256(served.encode()).hexdigest(),
                 "slo": asdict(chosen.slo),
-                "policy": self.contestant.label,
+                "policy": self.contestant.identity,
                 "sources": sources_digest(self.contestant.policy_name),
                 "seed": self.seed,
                 "vllm": vllm_version(),

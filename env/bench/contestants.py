@@ -36,6 +36,16 @@ class Contestant:
     spec: PolicySpec | None = None
     watermark: float = 0.0
 
+    @property
+    def identity(self) -> str:
+        """The label, and what it points to where that is a file: the same text, another policy.
+
+        Raises:
+            ConfigError: What it points to cannot be used.
+        """
+        content = "" if self.spec is None else self.spec.fingerprint()
+        return f"{self.label} {content}".strip()
+
     @classmethod
     def parse(cls, text: str) -> Contestant:
         """Reads `name`, `name:key=value:...` or `watermark:SHARE`.
