@@ -130,7 +130,7 @@ def lease_offer(message: wire.LimitsLease) -> LeaseOffer:
         sequence=message.sequence,
         limits=limits,
         lease_seconds=message.lease_ms / 1e3,
-        reason=f"{message.policy}: {message.reason}",
+        reason=": ".join(filter(None, (message.policy, message.reason))),
     )
 
 

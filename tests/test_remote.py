@@ -178,7 +178,7 @@ class Post:
 class Hook:
     applied_limits = BatchLimits(5, 100)
 
-    class stats:  # noqa: N801
+    class stats:
         clamps = {}
 
 

@@ -43,7 +43,7 @@ class Double(rpc.TunerServiceServicer):
     reports: list[wire.Report] = field(default_factory=list)
     refused: int = 0
 
-    def Tune(self, requests: Iterator[wire.TuneRequest], context: Any):  # noqa: N802
+    def Tune(self, requests: Iterator[wire.TuneRequest], context: Any):
         if self.token is not None:
             sent = dict(context.invocation_metadata()).get("authorization")
             if sent != f"Bearer {self.token}":
@@ -65,9 +65,7 @@ class Server:
         self, double: Any, port: int = 0, credentials: grpc.ServerCredentials | None = None
     ) -> None:
         self.double = double
-        self._server = grpc.server(
-            ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)]
-        )
+        self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         rpc.add_TunerServiceServicer_to_server(double, self._server)
         address = f"localhost:{port}"
         if credentials is None:
