@@ -22,20 +22,36 @@ from batchpilot.agents.static import StaticParameters, StaticPolicy
 
 @dataclass(frozen=True)
 class PolicyKind:
-    """How a policy is built: its parameters, and the class that takes them."""
+    """How a policy is built: its parameters, and the class that takes them.
+
+    Attributes:
+        parameters: Its settings.
+        build: Takes them, and makes a fresh policy.
+        needs_steps: Whether, with these parameters, it learns from what only single steps and
+            sequences tell; others are content with sums over an interval.
+    """
 
     parameters: type[Parameters]
     build: Callable[[Any], LimitPolicy]
+    needs_steps: Callable[[Any], bool] = lambda params: False
+
+
+def _always(params: Parameters) -> bool:
+    """Learns lengths, one request at a time."""
+    del params
+    return True
 
 
 POLICIES: dict[str, PolicyKind] = {
     "static": PolicyKind(StaticParameters, StaticPolicy),
     "memory": PolicyKind(MemoryParameters, MemoryPolicy),
-    "memory-clt": PolicyKind(MemoryCltParameters, MemoryCltPolicy),
-    "memory-peak": PolicyKind(MemoryPeakParameters, MemoryPeakPolicy),
+    "memory-clt": PolicyKind(MemoryCltParameters, MemoryCltPolicy, _always),
+    "memory-peak": PolicyKind(MemoryPeakParameters, MemoryPeakPolicy, _always),
     "sla": PolicyKind(SlaParameters, SlaPolicy),
     "sla-guarded": PolicyKind(SlaParameters, SlaGuardedPolicy),
-    "memory+sla": PolicyKind(MemorySlaParameters, MemorySlaPolicy),
+    "memory+sla": PolicyKind(
+        MemorySlaParameters, MemorySlaPolicy, lambda params: params.memory != "memory"
+    ),
 }
 
 
@@ -86,12 +102,23 @@ class PolicySpec:
             ConfigError: Unknown policy or key, or a value that does not fit.
         """
         kind = policy_kind(self.name)
+        return kind.build(self._read(kind, defaults))
+
+    def needs_steps(self, defaults: Mapping[str, Any] | None = None) -> bool:
+        """Whether the policy must be shown every step, and not only sums over an interval.
+
+        Raises:
+            ConfigError: As `build`.
+        """
+        kind = policy_kind(self.name)
+        return kind.needs_steps(self._read(kind, defaults))
+
+    def _read(self, kind: PolicyKind, defaults: Mapping[str, Any] | None) -> Parameters:
         accepted = kind.parameters.names()
         shared = {k: v for k, v in (defaults or {}).items() if k in accepted and v is not None}
-        params = kind.parameters.from_mapping(
+        return kind.parameters.from_mapping(
             {**shared, **self.parameters}, where=f"policy {self.name!r}"
         )
-        return kind.build(params)
 
     def __str__(self) -> str:
         """The text that `parse` reads back."""
