@@ -52,7 +52,7 @@ class TunerSession:
 
     def run(self, channel: Any) -> str:
         """Sends reports and takes answers until the stream ends; returns why it did."""
-        stub = TunerServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = TunerServiceStub(channel)
         metadata = tuner_channel.call_metadata(self._client.settings)
         try:
             self._call = stub.Tune(self._requests(), metadata=metadata)
