@@ -21,6 +21,8 @@ from batchpilot.scheduler_hook.hook import Hook, HookStats
 from batchpilot.scheduler_hook.settings import HookSettings
 
 if TYPE_CHECKING:
+    from batchpilot.scheduler_hook.remote_link import RemoteLink
+    from batchpilot.scheduler_hook.tuner_client import ClientStats, TunerClient
     from batchpilot.scheduler_hook.vllm_adapter import VllmAdapter
 
 logger = logging.getLogger("vllm.batchpilot")
@@ -44,6 +46,19 @@ COUNTERS = {
     "failures": ("exceptions in batchpilot's code; each ends the steering", None),
     "hook_seconds": ("time spent in batchpilot's code inside the scheduler", None),
 }
+#: The same in mode `remote`, of the session with the tuning service.
+REMOTE_GAUGES = {
+    "remote_connected": "1 while a stream to the tuning service is open and welcome",
+    "remote_lease_age_seconds": "time since the report was sent that the newest lease answers",
+    "remote_lease_remaining_seconds": "how much longer the lease in force runs, 0 without one",
+}
+REMOTE_COUNTERS = {
+    "remote_sessions": ("streams to the tuning service that were welcomed", None),
+    "remote_failures": ("streams and attempts that ended, by status", "code"),
+    "remote_leases": ("answers of the service: accepted, or why they were refused", "result"),
+    "remote_reports_sent": ("reports sent to the tuning service", None),
+    "remote_reports_dropped": ("reports dropped because the stream was slow or down", None),
+}
 
 
 class Metrics:
@@ -52,15 +67,21 @@ class Metrics:
     Args:
         model_name: Label `model_name`, as in vLLM's own metrics.
         engine_index: Label `engine`, the data-parallel rank.
+        client: The session with the tuning service, in mode `remote`.
     """
 
-    def __init__(self, model_name: str, engine_index: int) -> None:
+    def __init__(
+        self, model_name: str, engine_index: int, client: TunerClient | None = None
+    ) -> None:
         """Creates every metric, in a registry of its own."""
         from prometheus_client import CollectorRegistry, Counter, Gauge
 
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": str(engine_index)}
+        self._client = client
         names = tuple(self._labels)
+        gauges = GAUGES if client is None else GAUGES | REMOTE_GAUGES
+        counters = COUNTERS if client is None else COUNTERS | REMOTE_COUNTERS
         self._gauges = {
             name: Gauge(
                 f"batchpilot_{name}",
@@ -69,7 +90,7 @@ class Metrics:
                 registry=self.registry,
                 multiprocess_mode="mostrecent",
             ).labels(**self._labels)
-            for name, text in GAUGES.items()
+            for name, text in gauges.items()
         }
         self._counters = {
             name: Counter(
@@ -78,7 +99,7 @@ class Metrics:
                 (*names, label) if label else names,
                 registry=self.registry,
             )
-            for name, (text, label) in COUNTERS.items()
+            for name, (text, label) in counters.items()
         }
         self._published: dict[tuple[str, str], float] = {}
 
@@ -98,6 +119,21 @@ class Metrics:
         for name, (_, label) in COUNTERS.items():
             for key, total in _series(hook.stats, name).items():
                 self._advance(name, label, key, total)
+        if self._client is not None:
+            self._publish_remote(self._client)
+
+    def _publish_remote(self, client: TunerClient) -> None:
+        now, lease = client.clock(), client.leases.current
+        values = {
+            "remote_connected": float(client.stats.connected),
+            "remote_lease_age_seconds": now - lease.sent_at if lease else 0.0,
+            "remote_lease_remaining_seconds": max(0.0, lease.expires_at - now) if lease else 0.0,
+        }
+        for name, value in values.items():
+            self._gauges[name].set(value)
+        for name, (_, label) in REMOTE_COUNTERS.items():
+            for key, total in _series(client.stats, name.removeprefix("remote_")).items():
+                self._advance(name, label, key, total)
 
     def _advance(self, name: str, label: str | None, key: str, total: float) -> None:
         more = total - self._published.get((name, key), 0.0)
@@ -106,7 +142,7 @@ class Metrics:
         self._published[name, key] = total
 
 
-def _series(stats: HookStats, name: str) -> Mapping[str, float]:
+def _series(stats: HookStats | ClientStats, name: str) -> Mapping[str, float]:
     """The running totals behind one counter, by label value ("" without a label)."""
     total = getattr(stats, name)
     # A copy in one step: the engine's thread may add a key meanwhile.
@@ -120,12 +156,19 @@ class Reporter:
         hook: What to report on.
         adapter: Names the model and the engine.
         settings: Where and how often.
+        link: The session with the tuning service, in mode `remote`.
 
     Raises:
         ConfigError: `metrics_port` cannot be opened.
     """
 
-    def __init__(self, hook: Hook, adapter: VllmAdapter, settings: HookSettings) -> None:
+    def __init__(
+        self,
+        hook: Hook,
+        adapter: VllmAdapter,
+        settings: HookSettings,
+        link: RemoteLink | None = None,
+    ) -> None:
         """Opens the metrics port, if one is set, and starts the thread."""
         self._hook = hook
         self._settings = settings
@@ -134,7 +177,8 @@ class Reporter:
         self._logged_steps = 0
         self._stop = threading.Event()
         if settings.metrics_port is not None or "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            self._metrics = Metrics(adapter.model_name, adapter.engine_index)
+            client = None if link is None else link.client
+            self._metrics = Metrics(adapter.model_name, adapter.engine_index, client)
             self._metrics.publish(hook)
         if settings.metrics_port is not None:
             self._open_port(settings.metrics_port + adapter.engine_index)
