@@ -8,6 +8,12 @@ from typing import Any
 
 from batchpilot.agents.artefact import Artefact
 from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
+from batchpilot.agents.concurrency import (
+    AimdParameters,
+    AimdPolicy,
+    Gradient2Parameters,
+    Gradient2Policy,
+)
 from batchpilot.agents.features import LatencyTargets
 from batchpilot.agents.learned import LearnedParameters, LearnedPolicy
 from batchpilot.agents.learned_model import OnnxModel, PolicyModel
@@ -18,11 +24,14 @@ from batchpilot.agents.memory import (
     MemoryPolicy,
 )
 from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
+from batchpilot.agents.p_pas import PPasParameters, PPasPolicy
 from batchpilot.agents.parameters import ConfigError, Parameters
 from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.predictive import PredictiveParameters, PredictivePolicy
 from batchpilot.agents.registry import PolicyRegistry
 from batchpilot.agents.sla import SlaGuardedPolicy, SlaParameters, SlaPolicy
 from batchpilot.agents.static import StaticParameters, StaticPolicy
+from batchpilot.agents.trtllm import TrtllmParameters, TrtllmPolicy
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,11 @@ POLICIES: dict[str, PolicyKind] = {
     "sla": PolicyKind(SlaParameters, SlaPolicy),
     "sla-guarded": PolicyKind(SlaParameters, SlaGuardedPolicy),
     "memory+sla": PolicyKind(MemorySlaParameters, MemorySlaPolicy),
+    "trtllm": PolicyKind(TrtllmParameters, TrtllmPolicy),
+    "p-pas": PolicyKind(PPasParameters, PPasPolicy),
+    "aimd": PolicyKind(AimdParameters, AimdPolicy),
+    "gradient2": PolicyKind(Gradient2Parameters, Gradient2Policy),
+    "predictive": PolicyKind(PredictiveParameters, PredictivePolicy),
     "learned": PolicyKind(LearnedParameters, build_learned, "artefact", _learned_fingerprint),
 }
 

@@ -27,6 +27,7 @@ from batchpilot.env.bench.plan import (
 )
 from batchpilot.env.bench.runner import BenchRun, Progress, run_one
 from batchpilot.env.bench.settings import BenchSettings
+from batchpilot.env.bench.sources import sources_digest
 from batchpilot.env.bench.store import RunStore, digest
 from batchpilot.env.cache import cache_folder
 from batchpilot.env.engine import Engine
@@ -70,6 +71,7 @@ class Cell:
                 "requests": hashlib.sha256(served.encode()).hexdigest(),
                 "slo": asdict(chosen.slo),
                 "policy": self.contestant.identity,
+                "sources": sources_digest(self.contestant.policy_name),
                 "seed": self.seed,
                 "vllm": vllm_version(),
             }

@@ -65,6 +65,11 @@ class Contestant:
         read = _Watermark.from_mapping(values, where=f"policy {label!r}")
         return cls(label, None, read.watermark)
 
+    @property
+    def policy_name(self) -> str | None:
+        """Our policy's name without its parameters; None for stock vLLM."""
+        return None if self.spec is None else self.spec.name
+
     def build(self, defaults: Mapping[str, Any]) -> LimitPolicy | None:
         """A fresh policy object, or None where vLLM is left alone.
 

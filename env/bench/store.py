@@ -1,8 +1,9 @@
 """Finished runs on disk, so that a bench that was interrupted goes on where it stopped.
 
 A run is kept under the digest of everything that decides it: its settings, the profile, the
-workload file, and batchpilot's own sources. What is found under that name is what would come out
-again, for a virtual engine repeats itself exactly. Files are plain arrays; nothing is unpickled.
+requests, and those of batchpilot's own sources that it goes through. What is found under that name
+is what would come out again, for a virtual engine repeats itself exactly. Files are plain arrays;
+nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import json
 import logging
 import zipfile
 from collections.abc import Mapping
-from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +37,12 @@ _NUMBERS = (
     "slo_is_set",
 )
 _ARRAYS = ("itl_ms", "tpot_ms", "ttft_ms")
-_SOURCE_FOLDERS = ("agents", "env", "scheduler_hook")
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """The name of what these JSON values decide, under this version of batchpilot."""
-    text = json.dumps({**values, "sources": sources_digest()}, sort_keys=True)
+    """The name of what these JSON values decide."""
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-@lru_cache(maxsize=1)
-def sources_digest() -> str:
-    """One name for all of batchpilot's code that a run goes through."""
-    sha = hashlib.sha256()
-    for folder in _SOURCE_FOLDERS:
-        root = Path(str(resources.files("batchpilot") / folder))
-        for path in sorted(root.rglob("*.py")):
-            sha.update(path.relative_to(root).as_posix().encode())
-            sha.update(path.read_bytes())
-    return sha.hexdigest()
 
 
 class RunStore:
