@@ -228,26 +228,38 @@ class BatchLimitsEnv(SteeredEngineEnv[VirtualEnvParameters]):
         super().__init__(params, render_mode=render_mode)
 
     def _open(self, mean: MeanLengths) -> OpenedEngine:
-        p = self.params
-        engine = VirtualEngine(
-            VirtualEngineConfig(
-                profile=p.profile,
-                max_num_seqs=p.max_num_seqs,
-                max_num_batched_tokens=p.max_num_batched_tokens,
-                kv_blocks=p.kv_blocks,
-                enable_prefix_caching=p.enable_prefix_caching,
-                async_scheduling=p.async_scheduling,
-                noise=p.noise,
-            )
+        return opened_engine(start_engine(self.params), self.params, mean)
+
+
+def start_engine(params: VirtualEnvParameters) -> VirtualEngine:
+    """The engine that the parameters describe."""
+    return VirtualEngine(
+        VirtualEngineConfig(
+            profile=params.profile,
+            max_num_seqs=params.max_num_seqs,
+            max_num_batched_tokens=params.max_num_batched_tokens,
+            kv_blocks=params.kv_blocks,
+            enable_prefix_caching=params.enable_prefix_caching,
+            async_scheduling=params.async_scheduling,
+            noise=params.noise,
         )
-        capacity = profile_capacity(engine.profile.step_time, engine.facts, mean)
-        return OpenedEngine(
-            engine,
-            VOCAB_SIZE,
-            engine.max_model_len,
-            p.capacity_tokens_per_s or capacity,
-            mean.output_tokens,
-        )
+    )
+
+
+def opened_engine(
+    engine: VirtualEngine, params: VirtualEnvParameters, mean: MeanLengths
+) -> OpenedEngine:
+    """The engine with what an environment must know of it.
+
+    Args:
+        engine: Started with these parameters.
+        params: Their capacity wins over the computed one.
+        mean: Of the workload.
+    """
+    capacity = params.capacity_tokens_per_s or profile_capacity(
+        engine.profile.step_time, engine.facts, mean
+    )
+    return OpenedEngine(engine, VOCAB_SIZE, engine.max_model_len, capacity, mean.output_tokens)
 
 
 def _info(

@@ -49,7 +49,7 @@ class EnvParameters(LatencyTargets):
     action_design: str = parameter(
         "residual", choices=get_args(Design), help="what an action means"
     )
-    base_policy: str = parameter("memory-peak", help="what residual and grid actions shift")
+    base_policy: str = parameter("predictive", help="what residual and grid actions shift")
     history: int = parameter(1, minimum=1, help="observations an agent sees at once")
     min_num_seqs: int = parameter(1, minimum=1, help="least max_num_seqs of an action")
     min_num_batched_tokens: int = parameter(
