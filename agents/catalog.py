@@ -136,6 +136,9 @@ POLICIES: dict[str, PolicyKind] = {
     ),
 }
 
+#: The policies that are complete by their name, without a file of their own.
+SELF_CONTAINED = tuple(name for name, kind in POLICIES.items() if kind.positional is None)
+
 
 def policy_kind(name: str) -> PolicyKind:
     """The policy behind a name.

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from batchpilot.agents.catalog import POLICIES, PolicySpec
+from batchpilot.agents.catalog import SELF_CONTAINED, PolicySpec
 from batchpilot.env.engine import EngineRequest
 from batchpilot.env.models import tiny_model_path
 from batchpilot.env.scheduler_core import SchedulerCore, SchedulerCoreConfig
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--running", type=int, nargs="+", default=[1, 64, 256], metavar="N")
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), metavar="POLICY")
+    parser.add_argument("--policies", nargs="+", default=list(SELF_CONTAINED), metavar="POLICY")
     parser.add_argument("--steps", type=int, default=1500, help="steps measured (default 1500)")
     args = parser.parse_args(argv)
     rows = []
