@@ -213,6 +213,31 @@ class RunRecorder:
         """Ids of the requests that have not ended."""
         return [request_id for request_id, trace in self._traces.items() if not trace.ended]
 
+    def surely_outside(self) -> int:
+        """Requests that will not be inside the targets, whatever happens from now on."""
+        now = self._engine.clock_seconds
+        return sum(not self._may_be_inside(trace, now) for trace in self._traces.values())
+
+    def inside_by_arrival(self) -> list[tuple[float, bool]]:
+        """Of each request: when it arrived, in seconds of the run, and whether it is inside."""
+        return [
+            (
+                trace.arrival - self.start_seconds,
+                trace.completed and self._slo.met_by(ttft_ms=trace.ttft_ms, tpot_ms=trace.tpot_ms),
+            )
+            for trace in self._traces.values()
+        ]
+
+    def _may_be_inside(self, trace: _RequestTrace, now: float) -> bool:
+        """Whether a request could still meet the targets if all its tokens came at once now."""
+        if trace.ended and not trace.completed:
+            return False
+        first = trace.first if trace.tokens else now
+        last = trace.last if trace.ended else now
+        gaps = trace.output_tokens - 1
+        tpot_ms = (last - first) * 1e3 / gaps if gaps else None
+        return self._slo.met_by(ttft_ms=(first - trace.arrival) * 1e3, tpot_ms=tpot_ms)
+
     def stepped(self, step: EngineStep) -> Sample:
         """Takes in what a step brought; returns the sample it added to the timeline."""
         for request_id, count in step.new_tokens.items():
