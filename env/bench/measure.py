@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from batchpilot.agents.limits import BatchLimits
 from batchpilot.agents.parameters import Parameters, parameter
+from batchpilot.agents.shadow import ShadowedPolicy
 from batchpilot.env.engine import Engine, EngineStep
 
 Milliseconds = NDArray[np.float64]
@@ -75,6 +76,7 @@ class Sample(NamedTuple):
         limits: Limits the newest step was scheduled under.
         kv_cache_usage: Share of the KV blocks in use, 0 to 1.
         preemptions: Preemptions so far in the run.
+        shadow: Limits that a policy which is only watched would have applied.
     """
 
     seconds: float
@@ -83,6 +85,7 @@ class Sample(NamedTuple):
     limits: BatchLimits
     kv_cache_usage: float
     preemptions: int
+    shadow: BatchLimits | None = None
 
 
 @dataclass(slots=True)
@@ -181,8 +184,15 @@ class RunMeasurement:
 class RunRecorder:
     """Follows one run on one engine and sums it up."""
 
-    def __init__(self, engine: Engine, slo: Slo) -> None:
-        """Starts the run's clock."""
+    def __init__(self, engine: Engine, slo: Slo, shadow: ShadowedPolicy | None = None) -> None:
+        """Starts the run's clock.
+
+        Args:
+            engine: What is followed.
+            slo: The targets.
+            shadow: The policy that steers, where another decides beside it.
+        """
+        self._shadow = shadow
         self._engine = engine
         self._slo = slo
         self.start_seconds = engine.clock_seconds
@@ -301,6 +311,7 @@ class RunRecorder:
             usage = step.record.kv_tokens / self._engine.facts.kv_capacity_tokens
         now = step.clock_seconds - self.start_seconds
         limits = self._engine.applied_limits
+        shadow = None if self._shadow is None else self._shadow.limits
         if self._idle_until is not None:
             idle = Sample(
                 self._idle_until,
@@ -309,9 +320,10 @@ class RunRecorder:
                 limits,
                 0.0,
                 self._samples[-1].preemptions if self._samples else 0,
+                shadow,
             )
             self._samples.append(idle)
             self._idle_until = None
-        sample = Sample(now, running, snapshot.waiting, limits, usage, self._preemptions)
+        sample = Sample(now, running, snapshot.waiting, limits, usage, self._preemptions, shadow)
         self._samples.append(sample)
         return sample

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.shadow import ShadowedPolicy
 from batchpilot.env.bench.contestants import Contestant
 from batchpilot.env.bench.measure import RunMeasurement, RunRecorder, Sample, Slo
 from batchpilot.env.engine import Engine, EngineRequest, EngineStep
@@ -143,13 +145,18 @@ def run_one(
         EngineStalledError: The engine stopped making progress.
     """
     engine.reset()
-    contestant.steer(engine, defaults)
+    policy = contestant.steer(engine, defaults)
     # Rubbish of the last run is collected here, not in the middle of this one.
     gc.collect()
     try:
-        return replay(engine, current.requests, slo, progress)
+        return replay(engine, current.requests, slo, progress, shadow=shadow_of(policy))
     finally:
         engine.set_policy(None)
+
+
+def shadow_of(policy: LimitPolicy | None) -> ShadowedPolicy | None:
+    """The policy where another decides beside it."""
+    return policy if isinstance(policy, ShadowedPolicy) else None
 
 
 def replay(
@@ -158,6 +165,7 @@ def replay(
     slo: Slo,
     progress: Progress,
     watcher: Watcher | None = None,
+    shadow: ShadowedPolicy | None = None,
 ) -> RunMeasurement:
     """Serves the requests at their times until all have ended.
 
@@ -166,7 +174,7 @@ def replay(
     Raises:
         EngineStalledError: No token, prefill or end for a minute of the engine's time.
     """
-    recorder = RunRecorder(engine, slo)
+    recorder = RunRecorder(engine, slo, shadow)
     pending = deque(sorted(requests, key=lambda timed: timed.arrival_seconds))
     watch = _Watch(engine.clock_seconds)
     try:
