@@ -39,6 +39,11 @@ COMMANDS = {
         "env",
         "measure an engine's step times and write a GPU profile",
     ),
+    "train": Command(
+        "batchpilot.agents.training.cli",
+        "train",
+        "train an agent that steers both limits, and export it",
+    ),
 }
 
 
