@@ -106,7 +106,7 @@ class BetweenRollouts(BaseCallback):
         self._chance = chance
         self._progress = progress
         self._before = 0
-        self.best: float | None = None
+        self.best: float | None = folder.best_attainment()
         self.stopped = False
 
     def _on_training_start(self) -> None:
@@ -146,7 +146,7 @@ class BetweenRollouts(BaseCallback):
         self._folder.add_rows("evaluations.csv", EVALUATIONS, [row])
         for name in EVALUATIONS[1:]:
             self.logger.record(f"eval/{name}", figures[name])
-        if self.best is None or figures["slo_attainment"] > self.best:
+        if self.best is None or figures["slo_attainment"] >= self.best:
             self._keep_best(figures)
         self._progress(step, f"attainment {figures['slo_attainment']:.3f} on held-out seeds, "
                              f"best {self.best:.3f}")  # fmt: skip

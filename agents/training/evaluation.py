@@ -90,9 +90,7 @@ def evaluate_agent(
 
     def act(seen: Any, starts: Any) -> Any:
         nonlocal state
-        actions, state = model.predict(
-            seen, state=state, episode_start=starts, deterministic=True
-        )
+        actions, state = model.predict(seen, state=state, episode_start=starts, deterministic=True)
         return actions
 
     return Evaluation("agent", play_episodes(vector, act, episodes, seed))

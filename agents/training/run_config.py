@@ -14,7 +14,7 @@ A file for `--config` has the same form, every key optional:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ _FAMILIES = resources.files("batchpilot.agents.training") / "families"
 class RunSettings(Parameters):
     """The plain settings of a run."""
 
-    algo: str = parameter("ppo", choices=tuple(ALGORITHMS), help="the algorithm")
     timesteps: int = parameter(minimum=1, help="environment steps, all environments together")
+    algo: str = parameter("ppo", choices=tuple(ALGORITHMS), help="the algorithm")
     seed: int = parameter(0, minimum=0, help="of everything")
     n_envs: int = parameter(2, minimum=1, help="environments side by side")
     workers: int = parameter(0, minimum=0, help="Ray actors that share them; 0: processes")

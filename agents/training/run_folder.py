@@ -1,16 +1,16 @@
 """A run's folder: everything needed to understand it, go on with it and use what came of it.
 
-    config.yaml          the whole configuration
-    command.txt          the command lines that started it and went on with it
-    environment.json     versions, hardware, git commit
-    checkpoints/step-N/  the newest three, for --resume
-    best/, last/         model.zip, the figures of its evaluation; best by SLO attainment
-    episodes.csv         every training episode
-    evaluations.csv      every evaluation on held-out seeds
-    evaluation.json      the last one, beside the baselines'
-    curves.png           both over time
-    tensorboard/         for `tensorboard --logdir`
-    policy/              the ONNX policy and its manifest
+config.yaml          the whole configuration
+command.txt          the command lines that started it and went on with it
+environment.json     versions, hardware, git commit
+checkpoints/step-N/  the newest three, for --resume
+best/, last/         model.zip, the figures of its evaluation; best by SLO attainment
+episodes.csv         every training episode
+evaluations.csv      every evaluation on held-out seeds
+evaluation.json      the last one, beside the baselines'
+curves.png           both over time
+tensorboard/         for `tensorboard --logdir`
+policy/              the ONNX policy and its manifest
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -104,9 +105,20 @@ class RunFolder:
     def prune_checkpoints(self) -> None:
         """Removes all but the newest few."""
         for old in sorted(self.checkpoints.glob("step-*"))[:-KEPT_CHECKPOINTS]:
-            for file in old.iterdir():
-                file.unlink()
-            old.rmdir()
+            shutil.rmtree(old)
+
+    def best_attainment(self) -> float | None:
+        """SLO attainment of the best model so far; None before the first."""
+        path = self.path / "best" / "figures.json"
+        if not path.exists():
+            return None
+        return float(json.loads(path.read_text(encoding="utf-8"))["slo_attainment"])
+
+    def fresh_policy(self) -> Path:
+        """Where the exported policy goes; an older one is removed."""
+        path = self.path / "policy"
+        shutil.rmtree(path, ignore_errors=True)
+        return path
 
     def add_rows(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Adds lines to a table, and the heading to an empty one."""

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.logger import TensorBoardOutputFormat
-from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from batchpilot.agents.training.algorithms import build_model
@@ -103,7 +102,10 @@ def open_training(config: RunConfig) -> Iterator[tuple[BaseAlgorithm, VecEnv]]:
         if config.hyperparameters.norm_reward:
             gamma = config.hyperparameters.gamma
             vector = VecNormalize(vector, norm_obs=False, norm_reward=True, gamma=gamma)
-        yield build_model(config.run.algo, config.hyperparameters, vector, config.run.seed), held_out
+        yield (
+            build_model(config.run.algo, config.hyperparameters, vector, config.run.seed),
+            held_out,
+        )
     finally:
         vector.close()
         if held_out is not None:
@@ -173,5 +175,3 @@ def _logger(folder: RunFolder) -> Logger:
     path = folder.path / "tensorboard"
     path.mkdir(exist_ok=True)
     return Logger(str(path), [TensorBoardOutputFormat(str(path))])
-
-
