@@ -9,7 +9,8 @@ TEST_ARGS ?=
 export HF_HUB_OFFLINE := 1
 
 
-.PHONY: help setup demo bench-live test test-slow lint compat bench-virtual bench-predictive fidelity bench-env bench-overhead clean
+# Every target here is a command, none is a file but the stamp.
+.PHONY: $(shell grep -ohE '^[a-z-]+:' Makefile | tr -d :)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -64,6 +65,9 @@ bench-predictive: setup  ## every policy against every baseline on virtual GPUs 
 
 fidelity: setup  ## the virtual GPU against real runs: replays, and where more sequences stop helping
 	$(BIN)/python -m batchpilot.env.fidelity
+
+fidelity-live: setup  ## the virtual engine against a live one on this machine: calibrates, then compares
+	$(BIN)/python -m batchpilot.env.fidelity_live
 
 compat: setup  ## prove the vLLM adapter against the sources of other releases (downloads wheels)
 	$(BIN)/python -m pytest -m compat -rA tests/test_compat.py $(TEST_ARGS)

@@ -283,7 +283,13 @@ class VllmAdapter:
 
     def read_running(self) -> Sequence[SequenceState]:
         """Every sequence in RUNNING; O(N)."""
-        return [_state(request) for request in self._scheduler.running]
+        prefilling = self._prefilling
+        return [
+            _state(request)
+            if request.request_id in prefilling
+            else SequenceState(request.num_computed_tokens, request.num_output_tokens, 0)
+            for request in self._scheduler.running
+        ]
 
     def read_waiting(self, count: int) -> Sequence[SequenceState]:
         """The next waiting requests; a priority queue shows only its head."""
