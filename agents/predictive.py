@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
+from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import BatchLimits, Decision, EngineSnapshot, Source, StepRecord
 from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
 from batchpilot.agents.parameters import Parameters, parameter
+from batchpilot.agents.prefill_queue import PrefillQueue
 from batchpilot.agents.step_time import StepTimeEstimator
 
 #: The target is aimed at from below by so many standard deviations of the step time's noise.
@@ -17,6 +19,11 @@ NOISE_MARGIN = 2.0
 #: once the error or the noise of its innovations is above the second.
 TRUSTED_ERROR = 0.1
 DOUBTED_ERROR = 0.2
+#: A step that may be late takes at most so many times what others aim at: longer ones compute
+#: hardly more tokens a second, and a short answer would feel them.
+LATE_STEP = 3.0
+#: Share of the time to the first token that is planned with.
+TTFT_AIM = 0.9
 #: Steps between two looks at whether the model can be trusted, and at the latency's batch size.
 CHECK_STEPS = 16
 
@@ -71,6 +78,11 @@ class PredictivePolicy:
             if params.itl_slo_ms is None
             else MemorySlaPolicy(MemorySlaParameters(itl_slo_ms=params.itl_slo_ms))
         )
+        self._ttft_target = (
+            None if params.ttft_slo_ms is None else TTFT_AIM * params.ttft_slo_ms / 1e3
+        )
+        self._late_gaps = None if self._target is None else LateGapBudget(self._target)
+        self._queue = PrefillQueue()
         self.step_time = StepTimeEstimator()
         self._trusted = False
         self._latency_limit = 1
@@ -82,6 +94,10 @@ class PredictivePolicy:
         self._memory.observe(step)
         if self._guard is not None:
             self.step_time.observe(step)
+            self._queue.observe(step)
+        if self._late_gaps is not None:
+            self._late_gaps.observe(step)
+        if self._guard is not None:
             self._guard.observe(step)
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
@@ -122,13 +138,29 @@ class PredictivePolicy:
             seqs = max(1, snapshot.running)
         tokens = startup.max_num_batched_tokens
         if decodes:
-            prefill = self.step_time.largest_prefill(
-                decodes, self._kv_tokens(snapshot), self._aim(target)
-            )
+            kv_tokens, aim = self._kv_tokens(snapshot), self._aim(target)
+            prefill = self.step_time.largest_prefill(decodes, kv_tokens, aim)
             if prefill < self._chunk:
                 prefill, reason = self._chunk, "the least chunk: the target leaves no more"
+            if self._spends(snapshot, prefill, aim):
+                prefill = self.step_time.largest_prefill(decodes, kv_tokens, LATE_STEP * aim)
+                reason = "a late first token is worth a slow step"
             tokens = min(decodes * snapshot.engine.tokens_per_decode + prefill, tokens)
         return self._decided(seqs, tokens, Source.PREDICTIVE, reason)
+
+    def _spends(self, snapshot: EngineSnapshot, prefill: int, aim: float) -> bool:
+        """Whether this step may be late so that a first token need not be."""
+        queue, budget = self._queue, self._late_gaps
+        if self._ttft_target is None or budget is None:
+            return False
+        queue.update(snapshot)
+        spends = (
+            queue.backlog_tokens > prefill
+            and budget.allows(snapshot.decode_seqs)
+            and queue.is_late(snapshot.clock_seconds, prefill / aim, self._ttft_target)
+        )
+        budget.plan(snapshot.decode_seqs if spends else 0)
+        return spends
 
     def _check(self, snapshot: EngineSnapshot, target: float) -> None:
         """Whether the model can be trusted at its working point, and how large a batch may be."""
