@@ -39,6 +39,16 @@ COMMANDS = {
         "env",
         "measure an engine's step times and write a GPU profile",
     ),
+    "serve": Command(
+        "batchpilot.service.cli",
+        "service",
+        "serve limits to a fleet of engines over gRPC",
+    ),
+    "train": Command(
+        "batchpilot.agents.training.cli",
+        "train",
+        "train an agent that steers both limits, and export it",
+    ),
 }
 
 
