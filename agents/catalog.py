@@ -43,12 +43,21 @@ class PolicyKind:
         build: Takes them; its docstring is the policy's.
         positional: The parameter that may be given without its name, first: `learned:PATH`.
         fingerprint: Names what the parameters point to on disk and may change there.
+        needs_steps: Whether, with these parameters, it learns from what only single steps and
+            sequences tell; others are content with sums over an interval.
     """
 
     parameters: type[Parameters]
     build: Callable[[Any], LimitPolicy]
     positional: str | None = None
     fingerprint: Callable[[Any], str] | None = None
+    needs_steps: Callable[[Any], bool] = lambda params: False
+
+
+def _always(params: Parameters) -> bool:
+    """Learns lengths or step times, one at a time."""
+    del params
+    return True
 
 
 def build_learned(params: LearnedParameters) -> LearnedPolicy:
@@ -98,23 +107,37 @@ def _learned_fingerprint(params: LearnedParameters) -> str:
     return find_learned(params).fingerprint
 
 
+def _learned_needs_steps(params: LearnedParameters) -> bool:
+    """What its base policy needs; its own observation is made of sums."""
+    return PolicySpec.parse(find_learned(params).manifest.base_policy).needs_steps()
+
+
 build_learned.__doc__ = LearnedPolicy.__doc__
 
 POLICIES: dict[str, PolicyKind] = {
     "static": PolicyKind(StaticParameters, StaticPolicy),
     "memory": PolicyKind(MemoryParameters, MemoryPolicy),
-    "memory-clt": PolicyKind(MemoryCltParameters, MemoryCltPolicy),
-    "memory-peak": PolicyKind(MemoryPeakParameters, MemoryPeakPolicy),
+    "memory-clt": PolicyKind(MemoryCltParameters, MemoryCltPolicy, needs_steps=_always),
+    "memory-peak": PolicyKind(MemoryPeakParameters, MemoryPeakPolicy, needs_steps=_always),
     "sla": PolicyKind(SlaParameters, SlaPolicy),
     "sla-guarded": PolicyKind(SlaParameters, SlaGuardedPolicy),
-    "memory+sla": PolicyKind(MemorySlaParameters, MemorySlaPolicy),
-    "trtllm": PolicyKind(TrtllmParameters, TrtllmPolicy),
+    "memory+sla": PolicyKind(
+        MemorySlaParameters,
+        MemorySlaPolicy,
+        needs_steps=lambda params: params.memory != "memory",
+    ),
+    "trtllm": PolicyKind(TrtllmParameters, TrtllmPolicy, needs_steps=_always),
     "p-pas": PolicyKind(PPasParameters, PPasPolicy),
     "aimd": PolicyKind(AimdParameters, AimdPolicy),
     "gradient2": PolicyKind(Gradient2Parameters, Gradient2Policy),
-    "predictive": PolicyKind(PredictiveParameters, PredictivePolicy),
-    "learned": PolicyKind(LearnedParameters, build_learned, "artefact", _learned_fingerprint),
+    "predictive": PolicyKind(PredictiveParameters, PredictivePolicy, needs_steps=_always),
+    "learned": PolicyKind(
+        LearnedParameters, build_learned, "artefact", _learned_fingerprint, _learned_needs_steps
+    ),
 }
+
+#: The policies that are complete by their name, without a file of their own.
+SELF_CONTAINED = tuple(name for name, kind in POLICIES.items() if kind.positional is None)
 
 
 def policy_kind(name: str) -> PolicyKind:
@@ -167,7 +190,7 @@ class PolicySpec:
             ConfigError: Unknown policy or key, or a value that does not fit.
         """
         kind = policy_kind(self.name)
-        return kind.build(self._checked(kind, defaults))
+        return kind.build(self._read(kind, defaults))
 
     def fingerprint(self) -> str:
         """Names what the policy is made of beside its text: files that may change; mostly nothing.
@@ -176,9 +199,18 @@ class PolicySpec:
             ConfigError: What it points to is not there, or cannot be used.
         """
         kind = policy_kind(self.name)
-        return "" if kind.fingerprint is None else kind.fingerprint(self._checked(kind, None))
+        return "" if kind.fingerprint is None else kind.fingerprint(self._read(kind, None))
 
-    def _checked(self, kind: PolicyKind, defaults: Mapping[str, Any] | None) -> Any:
+    def needs_steps(self, defaults: Mapping[str, Any] | None = None) -> bool:
+        """Whether the policy must be shown every step, and not only sums over an interval.
+
+        Raises:
+            ConfigError: As `build`.
+        """
+        kind = policy_kind(self.name)
+        return kind.needs_steps(self._read(kind, defaults))
+
+    def _read(self, kind: PolicyKind, defaults: Mapping[str, Any] | None) -> Any:
         accepted = kind.parameters.names()
         shared = {k: v for k, v in (defaults or {}).items() if k in accepted and v is not None}
         return kind.parameters.from_mapping(

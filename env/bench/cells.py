@@ -60,7 +60,7 @@ class Cell:
 
     def name(self) -> str:
         """The digest of everything that decides what it gives."""
-        chosen = self.settings
+        chosen, shadow = self.settings, self.contestant.shadow
         # What is served, not how it was asked for: files and traces may change.
         served = repr(build_round_workload(chosen, self.round - 1).requests)
         return digest(
@@ -72,6 +72,7 @@ class Cell:
                 "slo": asdict(chosen.slo),
                 "policy": self.contestant.identity,
                 "sources": sources_digest(self.contestant.policy_name),
+                "shadow": None if shadow is None else [str(shadow), sources_digest(shadow.name)],
                 "seed": self.seed,
                 "vllm": vllm_version(),
             }

@@ -37,6 +37,7 @@ _NUMBERS = (
     "slo_is_set",
 )
 _ARRAYS = ("itl_ms", "tpot_ms", "ttft_ms")
+_COLUMNS = ("seconds", "counts", "limits", "usage", "shadow")
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -93,17 +94,24 @@ def _to_arrays(measured: RunMeasurement) -> dict[str, Any]:
         "usage": np.array([sample.kv_cache_usage for sample in samples]),
         "limits": np.array(limits, dtype=np.int64).reshape(-1, 2),
         "counts": np.array(counts, dtype=np.int64).reshape(-1, 3),
+        "shadow": np.array([_pair(s.shadow) for s in samples], dtype=np.int64).reshape(-1, 2),
     }
+
+
+def _pair(limits: BatchLimits | None) -> tuple[int, int]:
+    """A pair of limits as numbers; zeros, which no engine has, where there is none."""
+    return (limits.max_num_seqs, limits.max_num_batched_tokens) if limits else (0, 0)
 
 
 def _from_arrays(content: Mapping[str, Any]) -> RunMeasurement:
     known: dict[tuple[int, int], BatchLimits] = {}
     samples = []
-    columns = (content["seconds"], content["counts"], content["limits"], content["usage"])
-    for seconds, counts, pair, usage in zip(*(c.tolist() for c in columns), strict=True):
+    columns = [content[name].tolist() for name in _COLUMNS]
+    for seconds, counts, pair, usage, beside in zip(*columns, strict=True):
         running, waiting, preemptions = counts
         limits = known.setdefault(tuple(pair), BatchLimits(*pair))
-        samples.append(Sample(seconds, running, waiting, limits, usage, preemptions))
+        shadow = known.setdefault(tuple(beside), BatchLimits(*beside)) if beside[0] else None
+        samples.append(Sample(seconds, running, waiting, limits, usage, preemptions, shadow))
     numbers = {name: content[name].item() for name in _NUMBERS}
     arrays = {name: content[name] for name in _ARRAYS}
     return RunMeasurement(**numbers, **arrays, timeline=tuple(samples))

@@ -39,6 +39,11 @@ COMMANDS = {
         "env",
         "measure an engine's step times and write a GPU profile",
     ),
+    "serve": Command(
+        "batchpilot.service.cli",
+        "service",
+        "serve limits to a fleet of engines over gRPC",
+    ),
     "train": Command(
         "batchpilot.agents.training.cli",
         "train",
