@@ -98,6 +98,7 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path):
         ({}, {"env": "moon"}, "env='moon' is not one of: random, virtual, live"),
         ({}, {"action_design": "grid"}, "algo='ppo' needs action_design residual or absolute"),
         ({"algo": "dqn"}, {"action_design": "absolute"}, "algo='dqn' needs action_design grid"),
+        ({"n_envs": 2}, {"env": "live"}, "env=live takes n_envs 1 and no workers, not n_envs=2"),
     ],
 )
 def test_runs_that_cannot_be(given: dict[str, Any], settings: dict[str, Any], error: str):
