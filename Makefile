@@ -77,5 +77,22 @@ fidelity-live: setup  ## the virtual engine against a live one on this machine: 
 compat: setup  ## prove the vLLM adapter against the sources of other releases (downloads wheels)
 	$(BIN)/python -m pytest -m compat -rA tests/test_compat.py $(TEST_ARGS)
 
+bench-training: setup  ## environment steps per second of training, in one and two processes
+	$(BIN)/python -m batchpilot.agents.training.bench_training
+
+# Trains beyond a small GPU's capacity, compares on seeds it has not seen, and serves what came of it.
+train-demo: setup  ## trains an agent, compares it, serves it to a live vLLM: about 15 minutes
+	rm -rf results/train-demo
+	$(BIN)/batchpilot train --config demo --timesteps 12288 --eval-every 4096 --checkpoint-every 4096 \
+	  --name demo --out results/train-demo
+	$(BIN)/batchpilot bench $(SCARCE_MEMORY) --kv-blocks 64 --workload chat:output_max=400 --num-requests 16 --rounds 1 \
+	  --policies static,memory+sla,predictive,learned:results/train-demo/policy \
+	  --json results/train-demo/live.json --html results/train-demo/live.html
+	$(BIN)/python -m batchpilot.agents.training.serve_demo results/train-demo/policy
+
+# Hours: every action design at small scale, then the best one at full length. It goes on where it stopped.
+train-full: setup  ## compares action designs, then trains the best one for 500,000 steps
+	$(BIN)/python -m batchpilot.agents.training.compare_designs --out results/train-full
+
 clean:  ## remove the environment, caches and results
 	rm -rf $(VENV) .cache results build dist src/*.egg-info

@@ -185,7 +185,7 @@ class PredictivePolicy:
 
     def _largest_batch(self, snapshot: EngineSnapshot, aim: float) -> int:
         """The largest b whose decode step, with the least chunk, is within the time."""
-        context = self._kv_tokens(snapshot) / snapshot.running
+        context = self._kv_tokens(snapshot) / max(snapshot.running, 1)
         lengths = self._lengths.latest
         if lengths is not None:
             grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
