@@ -102,21 +102,23 @@ async def try_call(channel, method, metadata):
 @pytest.mark.parametrize("method", CALLS)
 def test_each_role_may_make_its_own_calls_only(access, method):
     async def test():
-        async with serving(default=STATIC, access=access) as service:
-            async with channel_to(service) as channel:
-                present = Engine(channel, TOKENS["fleet"])
-                await present.begin()
-                admin = tuner_pb2_grpc.PolicyServiceStub(channel)
-                promote = pb.PromotePolicyRequest(group="chat", policy="memory")
-                await admin.PromotePolicy(promote, metadata=bearer("admin"))
-                for role, name in (("engine", "fleet"), ("viewer", "viewer"), ("admin", "admin")):
-                    code = await try_call(channel, method, bearer(name))
-                    allowed = role in CALLS[method].split()
-                    expected = grpc.StatusCode.OK if allowed else grpc.StatusCode.PERMISSION_DENIED
-                    assert code is expected, (method, role)
-                for metadata in (None, bearer("other"), (("authorization", "Basic xyz"),)):
-                    code = await try_call(channel, method, metadata)
-                    assert code is grpc.StatusCode.UNAUTHENTICATED
+        async with (
+            serving(default=STATIC, access=access) as service,
+            channel_to(service) as channel,
+        ):
+            present = Engine(channel, TOKENS["fleet"])
+            await present.begin()
+            admin = tuner_pb2_grpc.PolicyServiceStub(channel)
+            promote = pb.PromotePolicyRequest(group="chat", policy="memory")
+            await admin.PromotePolicy(promote, metadata=bearer("admin"))
+            for role, name in (("engine", "fleet"), ("viewer", "viewer"), ("admin", "admin")):
+                code = await try_call(channel, method, bearer(name))
+                allowed = role in CALLS[method].split()
+                expected = grpc.StatusCode.OK if allowed else grpc.StatusCode.PERMISSION_DENIED
+                assert code is expected, (method, role)
+            for metadata in (None, bearer("other"), (("authorization", "Basic xyz"),)):
+                code = await try_call(channel, method, metadata)
+                assert code is grpc.StatusCode.UNAUTHENTICATED
 
     run(test)
 
@@ -126,21 +128,23 @@ def test_each_role_may_make_its_own_calls_only(access, method):
 )
 def test_an_engine_cannot_speak_for_another(access, group, engine):
     async def test():
-        async with serving(default=STATIC, access=access) as service:
-            async with channel_to(service) as channel:
-                stranger = Engine(channel, TOKENS["fleet"])
-                await stranger.send(hello=hello(engine=engine, group=group))
-                code, text = await stranger.status()
-                assert code is grpc.StatusCode.PERMISSION_DENIED
-                assert text == f"fleet may not speak for engine {group}/{engine}/0"
-                stub = tuner_pb2_grpc.TunerServiceStub(channel)
-                key = hello(engine=engine, group=group).id
-                for request in (
-                    pb.GetLimitsRequest(id=key),
-                    pb.GetLimitsRequest(id=key, hello=hello(engine, group), report=report(1)),
-                ):
-                    call = stub.GetLimits(request, metadata=bearer("fleet"))
-                    assert await code_of(call) is grpc.StatusCode.PERMISSION_DENIED
+        async with (
+            serving(default=STATIC, access=access) as service,
+            channel_to(service) as channel,
+        ):
+            stranger = Engine(channel, TOKENS["fleet"])
+            await stranger.send(hello=hello(engine=engine, group=group))
+            code, text = await stranger.status()
+            assert code is grpc.StatusCode.PERMISSION_DENIED
+            assert text == f"fleet may not speak for engine {group}/{engine}/0"
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            key = hello(engine=engine, group=group).id
+            for request in (
+                pb.GetLimitsRequest(id=key),
+                pb.GetLimitsRequest(id=key, hello=hello(engine, group), report=report(1)),
+            ):
+                call = stub.GetLimits(request, metadata=bearer("fleet"))
+                assert await code_of(call) is grpc.StatusCode.PERMISSION_DENIED
 
     run(test)
 
@@ -150,20 +154,22 @@ def test_a_token_that_is_taken_away_ends_its_streams_and_no_others(tmp_path, acc
     path = write_clients(tmp_path / "access.yaml", clients(second))
 
     async def test():
-        async with serving(default=STATIC, access=access) as service:
-            async with channel_to(service) as channel:
-                first, other = Engine(channel, TOKENS["fleet"]), Engine(channel, TOKENS["other"])
-                await first.begin()
-                await other.begin(hello(engine="node-2:1"))
-                write_clients(path, clients())
-                service.reloader.now()
-                code, text = await other.status()
-                assert code is grpc.StatusCode.UNAUTHENTICATED
-                assert text == "second is no longer known, or known otherwise"
-                assert (await first.ask(1)).sequence == 1
-                write_clients(path, [{"name": "half"}])  # refused: what was read before stays
-                service.reloader.now()
-                assert (await first.ask(2)).sequence == 2
+        async with (
+            serving(default=STATIC, access=access) as service,
+            channel_to(service) as channel,
+        ):
+            first, other = Engine(channel, TOKENS["fleet"]), Engine(channel, TOKENS["other"])
+            await first.begin()
+            await other.begin(hello(engine="node-2:1"))
+            write_clients(path, clients())
+            service.reloader.now()
+            code, text = await other.status()
+            assert code is grpc.StatusCode.UNAUTHENTICATED
+            assert text == "second is no longer known, or known otherwise"
+            assert (await first.ask(1)).sequence == 1
+            write_clients(path, [{"name": "half"}])  # refused: what was read before stays
+            service.reloader.now()
+            assert (await first.ask(2)).sequence == 2
 
     run(test)
 
@@ -171,11 +177,13 @@ def test_a_token_that_is_taken_away_ends_its_streams_and_no_others(tmp_path, acc
 def test_calls_faster_than_allowed_are_refused_before_the_token_is_looked_at(access):
     async def test():
         limits = {"call_burst": 3, "calls_per_second": 0.001}
-        async with serving(default=STATIC, access=access, limits=limits) as service:
-            async with channel_to(service) as channel:
-                codes = [await try_call(channel, "ListEngines", bearer("other")) for _ in range(4)]
-                expected = [grpc.StatusCode.UNAUTHENTICATED] * 3
-                assert codes == [*expected, grpc.StatusCode.RESOURCE_EXHAUSTED]
+        async with (
+            serving(default=STATIC, access=access, limits=limits) as service,
+            channel_to(service) as channel,
+        ):
+            codes = [await try_call(channel, "ListEngines", bearer("other")) for _ in range(4)]
+            expected = [grpc.StatusCode.UNAUTHENTICATED] * 3
+            assert codes == [*expected, grpc.StatusCode.RESOURCE_EXHAUSTED]
 
     run(test)
 
@@ -275,20 +283,22 @@ def test_certificates_rotate_without_a_restart_and_without_dropping_a_stream(pki
     authority, tls, _ = pki
 
     async def test():
-        async with serving(default=STATIC, tls=tls) as service:
-            async with channel_to(service, credentials(authority)) as channel:
-                standing = Engine(channel)
-                await standing.begin(hello(engine="node-9:1"))
-                successor = Authority("successor")
-                pair = successor.sign("localhost")
-                # Between the two files the pair does not fit: the old one stays in use.
-                (tmp_path / "server.pem").write_bytes(pair.certificate)
-                assert await first_answer(service, credentials(authority)) is grpc.StatusCode.OK
-                pair.write(tmp_path, "server")
-                assert await first_answer(service, credentials(successor)) is grpc.StatusCode.OK
-                old = await first_answer(service, credentials(authority))
-                assert old is grpc.StatusCode.UNAVAILABLE
-                assert (await standing.ask(1)).sequence == 1
+        async with (
+            serving(default=STATIC, tls=tls) as service,
+            channel_to(service, credentials(authority)) as channel,
+        ):
+            standing = Engine(channel)
+            await standing.begin(hello(engine="node-9:1"))
+            successor = Authority("successor")
+            pair = successor.sign("localhost")
+            # Between the two files the pair does not fit: the old one stays in use.
+            (tmp_path / "server.pem").write_bytes(pair.certificate)
+            assert await first_answer(service, credentials(authority)) is grpc.StatusCode.OK
+            pair.write(tmp_path, "server")
+            assert await first_answer(service, credentials(successor)) is grpc.StatusCode.OK
+            old = await first_answer(service, credentials(authority))
+            assert old is grpc.StatusCode.UNAVAILABLE
+            assert (await standing.ask(1)).sequence == 1
 
     run(test)
 
