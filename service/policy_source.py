@@ -151,11 +151,13 @@ class PolicySource:
         """Lets nobody name a path of this machine, or a version that is not there.
 
         Raises:
-            ArtefactError: The text is no name.
-            RefusalError: There is no such policy.
+            RefusalError: The text is no name, or there is no such policy.
         """
         name, at, version = text.partition("@")
-        versions = self._registry.versions(name)
+        try:
+            versions = self._registry.versions(name)
+        except ArtefactError as error:
+            raise _refusal(grpc.StatusCode.INVALID_ARGUMENT, error) from None
         if not versions or (at and version not in versions):
             known = ", ".join(versions) or "none"
             raise _refusal(
