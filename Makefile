@@ -24,11 +24,21 @@ $(STAMP): requirements-cpu.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-lint: setup  ## ruff, import rules, mypy --strict
+# The contract of the last release; replaced, by this command, when another is released:
+#   .venv/bin/buf build protos --exclude-source-info --output tests/data/released_contract.binpb
+RELEASED_CONTRACT := tests/data/released_contract.binpb
+
+protos: setup  ## generate the code of protos/batchpilot/v1/tuner.proto again
+	$(BIN)/python -m grpc_tools.protoc -I batchpilot/protos=protos --python_out=src --pyi_out=src --grpc_python_out=src \
+	  batchpilot/protos/batchpilot/v1/tuner.proto
+
+lint: setup  ## ruff, import rules, mypy --strict, and the wire contract: style, and no break since the last release
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=src $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against $(RELEASED_CONTRACT)
 
 # A KV cache this small binds on purpose: memory is what the policies are compared on.
 SCARCE_MEMORY := --engine live --model smollm2-135m --block-size 32 --max-num-seqs 64 --itl-slo-ms 100
