@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from batchpilot.service.logs import set_up_logs
 from batchpilot.service.server import Service
 from batchpilot.service.settings import ServiceSettings, read_settings
 
@@ -48,18 +48,24 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: A setting that cannot be used; nothing has been opened.
     """
     settings = with_options(read_settings(args.config), args)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    set_up_logs(as_json=settings.server.json_logs)
     with asyncio.Runner(loop_factory=fast_loop()) as runner:
-        runner.run(serve(Service(settings)))
+        runner.run(serve(settings, args))
     return 0
 
 
-async def serve(service: Service) -> None:
-    """Runs a service until SIGTERM or SIGINT."""
+async def serve(settings: ServiceSettings, args: argparse.Namespace) -> None:
+    """Runs a service until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: As `Service`.
+    """
+    service = Service(settings, args.config, lambda: with_options(read_settings(args.config), args))
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, service.reloader.now)
     await service.start()
     await stopping.wait()
     await service.stop()

@@ -71,15 +71,30 @@ class Decider:
         limits, clamp = shield(decision.limits, snapshot, self._bounds)
         return ShieldedDecision(decision, limits, clamp)
 
-    def _replay(self, report: pb.Report, snapshot: EngineSnapshot) -> Decision:
-        """Decides after every step, as in the engine: some policies count their decisions.
+    def _replay(self, report: pb.Report, last: EngineSnapshot) -> Decision:
+        """Decides after every step, as in the engine: some policies count time or decisions.
 
-        Every decision but the last is on the state at the report's end too, the only one known.
+        The state after each step but the last is put together from what the step tells; queue and
+        sequences are those of the report's end, the only ones known.
         """
-        for message in report.steps:
-            self._policy.observe(step_record(message))
-            decision = self._policy.decide(snapshot)
-        return decision
+        steps = [step_record(message) for message in report.steps]
+        clock = last.clock_seconds - sum(step.seconds for step in steps)
+        for step in steps[:-1]:
+            clock += step.seconds
+            self._policy.observe(step)
+            self._policy.decide(
+                last._replace(
+                    clock_seconds=clock,
+                    running=step.running,
+                    prefill_seqs=step.running - step.decode_seqs,
+                    used_blocks=min(
+                        step.kv_tokens // self._facts.block_size, self._facts.total_blocks
+                    ),
+                    binding=step.binding,
+                )
+            )
+        self._policy.observe(steps[-1])
+        return self._policy.decide(last)
 
     def _snapshot(self, report: pb.Report) -> EngineSnapshot:
         window = report.window

@@ -5,6 +5,7 @@ Nothing here locks: the event loop writes, and a reader may see a total a moment
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
 
@@ -12,6 +13,9 @@ from batchpilot.agents.shield import Clamp
 
 #: Upper ends of the latency histogram's buckets, in seconds.
 LATENCY_BUCKETS = (25e-6, 50e-6, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 1.0)
+
+#: Groups that are counted by name.
+MOST_GROUPS = 200
 
 
 class Histogram:
@@ -40,6 +44,8 @@ class Meters:
         policy_failures: Policies taken out of use for an engine, by group.
         errors: Calls that ended with an error, by method and status code.
         refusals: What was refused, by reason.
+        reloads: Files read again, by `ok` or `failed`.
+        started_at: Seconds since 1970.
     """
 
     def __init__(self) -> None:
@@ -50,14 +56,32 @@ class Meters:
         self.policy_failures: Counter[str] = Counter()
         self.errors: Counter[tuple[str, str]] = Counter()
         self.refusals: Counter[str] = Counter()
+        self.reloads: Counter[str] = Counter()
+        self.started_at = time.time()
+        self._groups: set[str] = set()
 
     def decided(self, group: str, clamp: Clamp, seconds: float) -> None:
         """Counts a lease."""
+        group = self._label(group)
         self.decisions[group] += 1
         self.latency.add(seconds)
         if clamp is not Clamp.NONE:
             self.clamps[group, clamp.value] += 1
 
+    def refused(self, method: str, code: str, reason: str) -> None:
+        """Counts a call that ended with an error."""
+        self.errors[method, code] += 1
+        self.refusals[reason] += 1
+
     def policy_failed(self, group: str) -> None:
         """Counts a policy taken out of use for one engine."""
-        self.policy_failures[group] += 1
+        self.policy_failures[self._label(group)] += 1
+
+    def _label(self, group: str) -> str:
+        """The group, or `other` once there are too many: engines choose these names themselves."""
+        if group in self._groups:
+            return group
+        if len(self._groups) >= MOST_GROUPS:
+            return "other"
+        self._groups.add(group)
+        return group

@@ -7,11 +7,13 @@ INTERNAL, and told to the caller without its details.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import grpc
 
+from batchpilot.service.meters import Meters
 from batchpilot.service.validation import ReportError
 
 logger = logging.getLogger("batchpilot.service")
@@ -52,3 +54,14 @@ def refusals() -> Iterator[None]:
         raise RefusalError(
             grpc.StatusCode.INTERNAL, "internal", "internal error; see the service's log"
         ) from error
+
+
+@asynccontextmanager
+async def answering(method: str, context: Any, meters: Meters) -> AsyncIterator[None]:
+    """Around a handler: a refusal ends the call with its status, and is counted."""
+    try:
+        with refusals():
+            yield
+    except RefusalError as refusal:
+        meters.refused(method, refusal.code.name, refusal.reason)
+        await context.abort(refusal.code, str(refusal))

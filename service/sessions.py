@@ -17,11 +17,15 @@ import grpc
 from batchpilot.agents.limits import BatchLimits, EngineFacts
 from batchpilot.agents.shield import Clamp
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.service.access import Caller
 from batchpilot.service.decider import Decider
 from batchpilot.service.groups import PolicyChoice
 from batchpilot.service.rates import TokenBucket
 from batchpilot.service.refusals import RefusalError
 from batchpilot.service.wire import EngineKey, engine_facts, engine_key
+
+#: An engine without a stream that has not reported for so long has gone.
+SILENT_SECONDS = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +35,7 @@ class Session:
     Attributes:
         key: Which engine.
         session_id: Names it in logs.
+        caller: Who opened it.
         hello: The engine's first words.
         facts: Those of the hello.
         bucket: Its reports.
@@ -52,6 +57,7 @@ class Session:
 
     key: EngineKey
     session_id: str
+    caller: Caller
     hello: pb.EngineHello
     facts: EngineFacts
     bucket: TokenBucket
@@ -100,7 +106,9 @@ class SessionTable:
         """The engine's session, if it has one."""
         return self._sessions.get(key)
 
-    def open(self, hello: pb.EngineHello, task: asyncio.Task[object] | None) -> Session:
+    def open(
+        self, hello: pb.EngineHello, caller: Caller, task: asyncio.Task[object] | None
+    ) -> Session:
         """Begins a session; an earlier one of the same engine ends with ABORTED.
 
         Raises:
@@ -121,6 +129,7 @@ class SessionTable:
         session = Session(
             key=key,
             session_id=secrets.token_hex(6),
+            caller=caller,
             hello=hello,
             facts=engine_facts(hello.facts),
             bucket=TokenBucket(self.reports_per_second, self.report_burst, now),
@@ -130,6 +139,13 @@ class SessionTable:
         )
         self._sessions[key] = session
         return session
+
+    def sweep(self) -> None:
+        """Forgets the entries of engines without a stream whose reports have stopped."""
+        oldest = self.clock() - SILENT_SECONDS
+        for session in self:
+            if session.task is None and session.reported_at < oldest:
+                self.close(session)
 
     def end(self, session: Session, why: RefusalError) -> None:
         """Ends a session from the service's side; its stream is told why."""

@@ -95,6 +95,7 @@ class MetricsSettings(Parameters):
     """Section `metrics`: the Prometheus page."""
 
     bind: str | None = parameter(None, help="HOST:PORT of the page; none when left out")
+    allow_remote: bool = parameter(False, help="allow a page beyond loopback; it has no TLS")
     max_engines: int = parameter(
         1000, minimum=0, help="engines with series of their own; the rest only count in their group"
     )

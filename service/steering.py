@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import time
 
-from batchpilot.agents.catalog import PolicySpec
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.shield import SafetyBounds
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.decider import Decider
 from batchpilot.service.groups import Groups, PolicyChoice
 from batchpilot.service.meters import Meters
+from batchpilot.service.policy_source import PolicySource
 from batchpilot.service.sessions import Session
 
 logger = logging.getLogger("batchpilot.service")
@@ -24,9 +24,10 @@ logger = logging.getLogger("batchpilot.service")
 class Steering:
     """Decides for every session, by the policy of its group."""
 
-    def __init__(self, groups: Groups, meters: Meters) -> None:
-        """Takes the policies from `groups`."""
+    def __init__(self, groups: Groups, source: PolicySource, meters: Meters) -> None:
+        """Asks `groups` which policy, and `source` for the policy itself."""
         self._groups = groups
+        self._source = source
         self._meters = meters
 
     def is_outdated(self, session: Session) -> bool:
@@ -41,11 +42,10 @@ class Steering:
         session.choice = choice
         detail = pb.DETAIL_WINDOW
         try:
-            spec = PolicySpec.parse(choice.policy)
-            targets = _targets(session.hello, choice)
-            session.decider = Decider(spec.build(targets), session.facts, _bounds(session, choice))
+            built = self._source.build(choice.policy, session.key.group, _targets(session, choice))
+            session.decider = Decider(built.policy, session.facts, _bounds(session, choice))
             session.problem = ""
-            if spec.needs_steps(targets):
+            if built.needs_steps:
                 detail = pb.DETAIL_STEPS
         except ConfigError as error:
             self._give_up(session, str(error))
@@ -99,9 +99,9 @@ class Steering:
         logger.error("%s goes on with its local policy: %s", session.key, problem)
 
 
-def _targets(hello: pb.EngineHello, choice: PolicyChoice) -> dict[str, float | None]:
+def _targets(session: Session, choice: PolicyChoice) -> dict[str, float | None]:
     """What policies share; an engine's own targets win over its group's."""
-    settings = choice.settings
+    hello, settings = session.hello, choice.settings
     return {
         "itl_slo_ms": hello.itl_slo_ms if hello.HasField("itl_slo_ms") else settings.itl_slo_ms,
         "ttft_slo_ms": hello.ttft_slo_ms if hello.HasField("ttft_slo_ms") else settings.ttft_slo_ms,

@@ -71,8 +71,8 @@ class TunerServiceServicer(object):
 
     def Tune(self, request_iterator, context):
         """Holds one engine's session: reports go up, limits come down. The first request must be a hello,
-        the first response is a welcome. The service answers every report with a lease, in order; an
-        engine that misses an answer sends the next report all the same.
+        the first response is a welcome. The service answers every report with a lease, in order, unless
+        the engine's policy has failed; an engine that misses an answer sends the next report all the same.
 
         Status: INVALID_ARGUMENT (no hello first, or a report that cannot be real), ABORTED (a new session
         of the same engine has replaced this one), RESOURCE_EXHAUSTED (too many sessions, or reports
@@ -86,7 +86,8 @@ class TunerServiceServicer(object):
         """Answers one report without a session: for engines that cannot hold a stream, and for people.
 
         Status: NOT_FOUND (the engine has no session here, and the request has no hello),
-        INVALID_ARGUMENT (a report that cannot be real), RESOURCE_EXHAUSTED (faster than the rate limit).
+        INVALID_ARGUMENT (a report that cannot be real), FAILED_PRECONDITION (the engine has a stream
+        here: it reports there), RESOURCE_EXHAUSTED (faster than the rate limit).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -260,8 +261,8 @@ class TunerService(object):
 
 
 class PolicyServiceStub(object):
-    """Chooses the policy of each group of engines. Every call needs the role viewer, those that change
-    something the role admin (PERMISSION_DENIED otherwise).
+    """Chooses the policy of each group of engines. Every call needs the role viewer or admin, those that
+    change something the role admin (PERMISSION_DENIED otherwise).
     """
 
     def __init__(self, channel):
@@ -293,8 +294,8 @@ class PolicyServiceStub(object):
 
 
 class PolicyServiceServicer(object):
-    """Chooses the policy of each group of engines. Every call needs the role viewer, those that change
-    something the role admin (PERMISSION_DENIED otherwise).
+    """Chooses the policy of each group of engines. Every call needs the role viewer or admin, those that
+    change something the role admin (PERMISSION_DENIED otherwise).
     """
 
     def ListPolicies(self, request, context):
@@ -366,8 +367,8 @@ def add_PolicyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PolicyService(object):
-    """Chooses the policy of each group of engines. Every call needs the role viewer, those that change
-    something the role admin (PERMISSION_DENIED otherwise).
+    """Chooses the policy of each group of engines. Every call needs the role viewer or admin, those that
+    change something the role admin (PERMISSION_DENIED otherwise).
     """
 
     @staticmethod
