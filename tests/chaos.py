@@ -28,7 +28,7 @@ from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
 
 CONCURRENCY = 24
 PROMPT_TOKENS, OUTPUT_TOKENS = 48, 40
-LOCAL_SECONDS = 12.0
+LOCAL_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
