@@ -9,7 +9,7 @@ TEST_ARGS ?=
 export HF_HUB_OFFLINE := 1
 
 
-.PHONY: help setup demo bench-live test test-slow lint compat bench-virtual fidelity bench-env bench-overhead clean
+.PHONY: help setup demo bench-live test test-slow lint compat bench-virtual bench-predictive fidelity bench-env bench-overhead clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ bench-virtual: setup  ## the README's figures on a virtual RTX 4090 whose KV cac
 	$(BIN)/batchpilot bench --engine virtual --profile llama-3.1-8b-rtx4090 --workload sharegpt --num-requests 1000 \
 	  --arrivals saturated --rounds 3 --policies static,watermark:0.05,watermark:0.1,memory,memory-clt,memory-peak \
 	  --json results/virtual.json --html results/virtual.html
+
+bench-predictive: setup  ## every policy against every baseline on virtual GPUs (an hour on two cores; taken up again)
+	$(BIN)/python -m batchpilot.env.contest --json results/predictive.json --html results/predictive.html
 
 fidelity: setup  ## the virtual GPU against real runs: replays, and where more sequences stop helping
 	$(BIN)/python -m batchpilot.env.fidelity

@@ -34,6 +34,11 @@ class Binding(StrEnum):
     NONE = "none"
 
 
+# Reading a member through its class takes 0.1 us, which every step would pay several times.
+_KV_CACHE, _MAX_NUM_SEQS = Binding.KV_CACHE, Binding.MAX_NUM_SEQS
+_TOKEN_BUDGET, _NONE = Binding.TOKEN_BUDGET, Binding.NONE
+
+
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """The two limits batchpilot steers.
@@ -209,9 +214,9 @@ def binding_constraint(
         token_budget: The token limit it was scheduled under.
     """
     if waiting == 0:
-        return Binding.NONE
+        return _NONE
     if running >= max_num_seqs:
-        return Binding.MAX_NUM_SEQS
+        return _MAX_NUM_SEQS
     if scheduled_tokens >= token_budget:
-        return Binding.TOKEN_BUDGET
-    return Binding.KV_CACHE
+        return _TOKEN_BUDGET
+    return _KV_CACHE

@@ -71,12 +71,14 @@ class MemoryPeakPolicy:
     often than every N / 32 steps; one that ends in between makes no room.
     """
 
-    def __init__(self, params: MemoryPeakParameters) -> None:
-        """Starts without lengths."""
+    def __init__(
+        self, params: MemoryPeakParameters, lengths: LengthEstimator | None = None
+    ) -> None:
+        """Starts without lengths, or with an estimator that another policy reads too."""
         self._theta = NormalDist().inv_cdf(1 - params.memory_overflow_probability)
         self._recheck_steps = params.recheck_steps
         self._by_blocks = MemoryPolicy(MemoryParameters(memory_factor=COLD_START_MEMORY_FACTOR))
-        self._lengths = LengthEstimator()
+        self._lengths = lengths or LengthEstimator()
         self._decision: Decision | None = None
         self._running = 0
         self._grant = 0

@@ -45,6 +45,10 @@ class SafetyBounds(Parameters):
     )
 
 
+#: Reading a member through its class costs more than all else on the common path.
+_NO_CLAMP = Clamp.NONE
+
+
 class ShieldedLimits(NamedTuple):
     """Safe limits, and the first reason they differ from the proposal."""
 
@@ -66,14 +70,15 @@ def shield(
         bounds: What the operator allows.
         memory_bound_seqs: A sequence limit from a memory rule, where one applies.
     """
-    if type(proposed.max_num_seqs) is not int or type(proposed.max_num_batched_tokens) is not int:
+    seqs, tokens = proposed.max_num_seqs, proposed.max_num_batched_tokens
+    if type(seqs) is not int or type(tokens) is not int:
         safe = shield(snapshot.engine.startup_limits, snapshot, bounds, memory_bound_seqs)
         return ShieldedLimits(safe.limits, Clamp.NOT_A_NUMBER)
-    seqs, seqs_clamp = _clamp_seqs(proposed.max_num_seqs, snapshot, bounds, memory_bound_seqs)
-    tokens, tokens_clamp = _clamp_tokens(proposed.max_num_batched_tokens, snapshot, bounds)
-    if seqs_clamp is Clamp.NONE and tokens_clamp is Clamp.NONE:
-        return ShieldedLimits(proposed, Clamp.NONE)
-    clamp = tokens_clamp if seqs_clamp is Clamp.NONE else seqs_clamp
+    seqs, seqs_clamp = _clamp_seqs(seqs, snapshot, bounds, memory_bound_seqs)
+    tokens, tokens_clamp = _clamp_tokens(tokens, snapshot, bounds)
+    if seqs_clamp is _NO_CLAMP and tokens_clamp is _NO_CLAMP:
+        return ShieldedLimits(proposed, _NO_CLAMP)
+    clamp = tokens_clamp if seqs_clamp is _NO_CLAMP else seqs_clamp
     return ShieldedLimits(BatchLimits(seqs, tokens), clamp)
 
 
@@ -86,7 +91,7 @@ def _clamp_seqs(
         upper = bounds.max_num_seqs
     if memory_bound_seqs is not None and memory_bound_seqs < upper:
         upper = memory_bound_seqs
-    value, clamp = proposed, Clamp.NONE
+    value, clamp = proposed, _NO_CLAMP
     if value > upper:
         value, clamp = upper, Clamp.UPPER_BOUND
     if value < bounds.min_num_seqs:
@@ -94,7 +99,9 @@ def _clamp_seqs(
     occupied = snapshot.running + snapshot.reserved_seqs
     if value < occupied:
         value, clamp = occupied, Clamp.RUNNING
-    return min(max(value, 1), startup), clamp
+    if value < 1:
+        value = 1
+    return (value if value < startup else startup), clamp
 
 
 def _clamp_tokens(
@@ -102,12 +109,11 @@ def _clamp_tokens(
 ) -> tuple[int, Clamp]:
     engine = snapshot.engine
     upper = engine.startup_limits.max_num_batched_tokens
-    lower = max(
-        bounds.min_prefill_chunk + snapshot.running * engine.tokens_per_decode,
-        engine.unchunked_prefill_tokens,
-    )
+    lower = bounds.min_prefill_chunk + snapshot.running * engine.tokens_per_decode
+    if lower < engine.unchunked_prefill_tokens:
+        lower = engine.unchunked_prefill_tokens
     if proposed > upper:
         return upper, Clamp.TOKEN_BUDGET_HIGH
     if proposed < lower:
-        return min(lower, upper), Clamp.TOKEN_BUDGET_LOW if upper > proposed else Clamp.NONE
-    return proposed, Clamp.NONE
+        return min(lower, upper), Clamp.TOKEN_BUDGET_LOW if upper > proposed else _NO_CLAMP
+    return proposed, _NO_CLAMP

@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchpilot.agents.limits import (
     BatchLimits,
@@ -32,6 +32,8 @@ logger = logging.getLogger("vllm.batchpilot")
 
 #: Steps after start whose time says little: kernels compile, graphs are captured, caches are cold.
 WARM_UP_STEPS = 8
+# Reading a member through its class takes longer than the comparison it is for.
+_NO_CLAMP = Clamp.NONE
 
 
 @dataclass(slots=True)
@@ -57,8 +59,7 @@ class HookStats:
     hook_seconds: float = 0.0
 
 
-@dataclass(slots=True)
-class _StepInFlight:
+class _StepInFlight(NamedTuple):
     """A scheduled step whose result is not back yet."""
 
     output: object
@@ -103,6 +104,7 @@ class Hook:
         self._listener: Callable[[StepRecord], None] | None = None
         self._active = adapter is not None
         self._limits = adapter.facts.startup_limits if adapter else BatchLimits(0, 0)
+        self._block_size = adapter.facts.block_size if adapter else 0
         self._start_run()
 
     def _start_run(self) -> None:
@@ -120,6 +122,11 @@ class Hook:
     def active(self) -> bool:
         """Whether this engine is observed and, unless in mode `observe`, steered."""
         return self._active
+
+    @property
+    def policy(self) -> LimitPolicy | None:
+        """What decides before each step; None leaves the start-up limits."""
+        return self._policy
 
     @property
     def facts(self) -> EngineFacts:
@@ -225,14 +232,14 @@ class Hook:
     def _steer(self) -> None:
         adapter = self._require_adapter()
         adapter.before_schedule()
-        if self._policy is None:
+        policy = self._policy
+        if policy is None:
             return
         snapshot = adapter.snapshot(self._clock(), self._binding)
-        decision = self._policy.decide(snapshot)
+        self.decision = decision = policy.decide(snapshot)
         limits, clamp = shield(decision.limits, snapshot, self._bounds)
-        self.decision = decision
         self.stats.decisions[decision.source] += 1
-        if clamp is not Clamp.NONE:
+        if clamp is not _NO_CLAMP:
             self.stats.clamps[clamp] += 1
         if self._applies:
             self._limits = limits
@@ -241,21 +248,21 @@ class Hook:
     def _note_scheduled(self, output: object) -> None:
         content = self._require_adapter().after_schedule(output)
         self.last_content = content
-        self._finished.extend(content.finished)
+        if content.finished:
+            self._finished.extend(content.finished)
         if content.scheduled_tokens == 0:
             self._gap = True
             return
-        self._binding = binding_constraint(
+        limits = self._limits
+        self._binding = binding = binding_constraint(
             running=content.running,
             waiting=content.waiting,
-            max_num_seqs=self._limits.max_num_seqs,
+            max_num_seqs=limits.max_num_seqs,
             scheduled_tokens=content.scheduled_tokens,
-            token_budget=self._limits.max_num_batched_tokens,
+            token_budget=limits.max_num_batched_tokens,
         )
-        self.stats.steps[self._binding] += 1
-        self._in_flight.append(
-            _StepInFlight(output, content, self._clock(), self._gap, self._binding)
-        )
+        self.stats.steps[binding] += 1
+        self._in_flight.append(_StepInFlight(output, content, self._clock(), self._gap, binding))
         self._gap = False
 
     def _note_returned(self, output: object) -> None:
@@ -274,26 +281,25 @@ class Hook:
 
     def _take_in_flight(self, output: object) -> _StepInFlight | None:
         """The step that `output` was scheduled as; drops older ones that never came back."""
-        if not any(step.output is output for step in self._in_flight):
+        in_flight = self._in_flight
+        if in_flight and in_flight[0].output is output:
+            return in_flight.popleft()
+        if not any(step.output is output for step in in_flight):
             return None  # a step without tokens, which is not kept: younger ones are still to come
-        while self._in_flight:
-            step = self._in_flight.popleft()
-            if step.output is output:
-                return step
-        return None
+        while in_flight[0].output is not output:
+            in_flight.popleft()
+        return in_flight.popleft()
 
     def _record(self, step: _StepInFlight, now: float) -> StepRecord:
         """The record of a step, with all that happened since the previous one."""
-        adapter = self._require_adapter()
+        content = step.content
         self._steps_seen += 1
-        self.stats.preemptions += self._preemptions
-        self.stats.recomputed_tokens += self._recomputed_tokens
         record = StepRecord(
             seconds=now - (step.scheduled_at if step.after_gap else self._returned_at),
-            running=step.content.running,
-            decode_seqs=step.content.decode_seqs,
-            prefill_tokens=step.content.prefill_tokens,
-            kv_tokens=step.content.used_blocks * adapter.facts.block_size,
+            running=content.running,
+            decode_seqs=content.decode_seqs,
+            prefill_tokens=content.prefill_tokens,
+            kv_tokens=content.used_blocks * self._block_size,
             preemptions=self._preemptions,
             recomputed_tokens=self._recomputed_tokens,
             finished=tuple(self._finished),
@@ -301,10 +307,19 @@ class Hook:
             binding=step.binding,
             regular=not step.after_gap and self._steps_seen > WARM_UP_STEPS,
         )
-        self._preemptions = self._recomputed_tokens = 0
-        self._finished.clear()
-        self._arrived.clear()
+        self._forget_recorded()
         return record
+
+    def _forget_recorded(self) -> None:
+        """Starts counting for the next record."""
+        if self._preemptions:
+            self.stats.preemptions += self._preemptions
+            self.stats.recomputed_tokens += self._recomputed_tokens
+            self._preemptions = self._recomputed_tokens = 0
+        if self._finished:
+            self._finished.clear()
+        if self._arrived:
+            self._arrived.clear()
 
     def _require_adapter(self) -> VllmAdapter:
         if self._adapter is None:

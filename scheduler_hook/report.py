@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.agents.shadow import Agreement, ShadowedPolicy
 from batchpilot.scheduler_hook.hook import Hook, HookStats
 from batchpilot.scheduler_hook.settings import HookSettings
 
@@ -59,6 +60,15 @@ REMOTE_COUNTERS = {
     "remote_reports_sent": ("reports sent to the tuning service", None),
     "remote_reports_dropped": ("reports dropped because the stream was slow or down", None),
 }
+#: The same of a policy that only watches.
+SHADOW_GAUGES = {
+    "shadow_active": "1 while the shadow decides beside the policy, 0 once it has failed",
+    "shadow_max_num_seqs": "sequence limit the shadow would have applied, 0 without one",
+    "shadow_max_num_batched_tokens": "token limit the shadow would have applied, 0 without one",
+}
+SHADOW_COUNTERS = {
+    "shadow_steps": ("steps the shadow decided on, by which of its limits differs", "agreement"),
+}
 
 
 class Metrics:
@@ -68,10 +78,15 @@ class Metrics:
         model_name: Label `model_name`, as in vLLM's own metrics.
         engine_index: Label `engine`, the data-parallel rank.
         client: The session with the tuning service, in mode `remote`.
+        shadow: The policy with another beside it, where one is set.
     """
 
     def __init__(
-        self, model_name: str, engine_index: int, client: TunerClient | None = None
+        self,
+        model_name: str,
+        engine_index: int,
+        client: TunerClient | None = None,
+        shadow: ShadowedPolicy | None = None,
     ) -> None:
         """Creates every metric, in a registry of its own."""
         from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -79,9 +94,12 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": str(engine_index)}
         self._client = client
+        self._shadow = shadow
         names = tuple(self._labels)
         gauges = GAUGES if client is None else GAUGES | REMOTE_GAUGES
         counters = COUNTERS if client is None else COUNTERS | REMOTE_COUNTERS
+        if shadow is not None:
+            gauges, counters = gauges | SHADOW_GAUGES, counters | SHADOW_COUNTERS
         self._gauges = {
             name: Gauge(
                 f"batchpilot_{name}",
@@ -121,6 +139,20 @@ class Metrics:
                 self._advance(name, label, key, total)
         if self._client is not None:
             self._publish_remote(self._client)
+        if self._shadow is not None:
+            self._publish_shadow(self._shadow)
+
+    def _publish_shadow(self, shadow: ShadowedPolicy) -> None:
+        limits = shadow.limits
+        values = {
+            "shadow_active": int(shadow.failure is None),
+            "shadow_max_num_seqs": limits.max_num_seqs if limits else 0,
+            "shadow_max_num_batched_tokens": limits.max_num_batched_tokens if limits else 0,
+        }
+        for name, value in values.items():
+            self._gauges[name].set(value)
+        for kind, total in list(shadow.agreement.items()):
+            self._advance("shadow_steps", "agreement", str(kind), total)
 
     def _publish_remote(self, client: TunerClient) -> None:
         now, lease = client.clock(), client.leases.current
@@ -175,10 +207,12 @@ class Reporter:
         self._metrics: Metrics | None = None
         self._server: Any = None
         self._logged_steps = 0
+        self._shadow = hook.policy if isinstance(hook.policy, ShadowedPolicy) else None
+        self._told_shadow_failure = False
         self._stop = threading.Event()
         if settings.metrics_port is not None or "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             client = None if link is None else link.client
-            self._metrics = Metrics(adapter.model_name, adapter.engine_index, client)
+            self._metrics = Metrics(adapter.model_name, adapter.engine_index, client, self._shadow)
             self._metrics.publish(hook)
         if settings.metrics_port is not None:
             self._open_port(settings.metrics_port + adapter.engine_index)
@@ -245,3 +279,30 @@ class Reporter:
             hook.binding,
             hook.stats.preemptions,
         )
+        if self._shadow is not None:
+            self._log_shadow(self._shadow)
+
+    def _log_shadow(self, shadow: ShadowedPolicy) -> None:
+        """What the shadow would have applied; once, why it ended."""
+        limits, decision = shadow.limits, shadow.decision
+        if shadow.failure is not None:
+            if not self._told_shadow_failure:
+                self._told_shadow_failure = True
+                logger.warning(
+                    "batchpilot: the shadow %s has failed and is left out from now on; the "
+                    "steering goes on (%s)",
+                    self._settings.shadow,
+                    shadow.failure,
+                )
+        elif limits is not None and decision is not None:
+            steps = sum(shadow.agreement.values())
+            logger.info(
+                "batchpilot: the shadow %s would have max_num_seqs %d (%s), "
+                "max_num_batched_tokens %d; the same limits in %.0f%% of %d steps",
+                self._settings.shadow,
+                limits.max_num_seqs,
+                decision.reason,
+                limits.max_num_batched_tokens,
+                100 * shadow.agreement[Agreement.SAME] / steps,
+                steps,
+            )

@@ -68,7 +68,7 @@ class _Steered:
             policy = self._link.policy
         self.batchpilot = Hook(
             adapter,
-            policy,
+            settings.with_shadow(policy),
             bounds=settings.bounds,
             applies=settings.mode in ("local", "remote"),
         )

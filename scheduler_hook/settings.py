@@ -14,13 +14,14 @@ from typing import Any
 from batchpilot.agents.catalog import PolicySpec
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.shadow import ShadowedPolicy
 from batchpilot.agents.shield import SafetyBounds
 from batchpilot.scheduler_hook import tuner_channel
 
 CONFIG_KEY = "batchpilot"
 ENVIRONMENT_PREFIX = "BATCHPILOT_"
 #: Variables of other parts of batchpilot, which are not settings of the hook.
-OTHER_VARIABLES = frozenset({"BATCHPILOT_CACHE"})
+OTHER_VARIABLES = frozenset({"BATCHPILOT_CACHE", "BATCHPILOT_POLICIES"})
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class HookSettings(Parameters):
     max_num_seqs: int | None = parameter(None, minimum=1, help="greatest sequence limit")
     min_prefill_chunk: int = parameter(
         64, minimum=1, help="prompt tokens a step always has room for beside its decodes"
+    )
+    shadow: str | None = parameter(
+        None, help="a policy that decides beside it and is only watched, written in the same way"
     )
     metrics_port: int | None = parameter(
         None,
@@ -98,7 +102,7 @@ class HookSettings(Parameters):
                 f"service_min_report_seconds={self.service_min_report_seconds}"
             )
         if self.mode != "off":
-            self.build_policy()
+            self.with_shadow(self.build_policy())
         if self.mode == "remote":
             tuner_channel.check(self)
 
@@ -109,12 +113,21 @@ class HookSettings(Parameters):
 
     def build_policy(self) -> LimitPolicy:
         """A fresh policy with the shared targets filled in."""
+        return self._build(self.policy)
+
+    def with_shadow(self, policy: LimitPolicy) -> LimitPolicy:
+        """The policy with a fresh shadow beside it; the policy itself where none is set."""
+        if self.shadow is None:
+            return policy
+        return ShadowedPolicy(policy, self._build(self.shadow), self.bounds)
+
+    def _build(self, text: str) -> LimitPolicy:
         targets = {
             "itl_slo_ms": self.itl_slo_ms,
             "ttft_slo_ms": self.ttft_slo_ms,
             "memory_overflow_probability": self.memory_overflow_probability,
         }
-        return PolicySpec.parse(self.policy).build(targets)
+        return PolicySpec.parse(text).build(targets)
 
 
 def read_settings(

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm import __version__ as vllm_version
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -117,6 +117,7 @@ WRAPPED_METHODS = (
 
 #: Final statuses of requests whose output would have gone on.
 CUT_SHORT = ("FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED")
+_NO_PREFILL = (0, 0)
 
 
 def era_of(version: str) -> Era | None:
@@ -178,8 +179,7 @@ def _has_path(root: Any, path: str) -> bool:
     return True
 
 
-@dataclass(slots=True)
-class StepContent:
+class StepContent(NamedTuple):
     """What one call of `schedule()` put into a step.
 
     Attributes:
@@ -232,6 +232,10 @@ class VllmAdapter:
         self._prefilling: dict[str, Any] = {}
         self._running_before = 0
         self._preempted_since = 0
+        self._all_blocks = self._usable_blocks()
+        self._whole: dict[Any, bool] = {}
+        # Bound once, not in each snapshot.
+        self._read_running, self._read_waiting = self.read_running, self.read_waiting
 
     @property
     def model_name(self) -> str:
@@ -257,23 +261,25 @@ class VllmAdapter:
 
     def snapshot(self, clock_seconds: float, binding: Binding) -> EngineSnapshot:
         """Reads the state a policy sees; O(1)."""
-        running, waiting = self._scheduler.get_request_counts()
+        scheduler = self._scheduler
+        running, waiting = scheduler.get_request_counts()
         return EngineSnapshot(
-            engine=self.facts,
-            clock_seconds=clock_seconds,
-            running=running,
-            waiting=waiting,
-            prefill_seqs=len(self._prefilling),
-            reserved_seqs=self._scheduler.num_waiting_for_streaming_input,
-            used_blocks=self.used_blocks(),
-            binding=binding,
-            read_running=self.read_running,
-            read_waiting=self.read_waiting,
+            self.facts,
+            clock_seconds,
+            running,
+            waiting,
+            len(self._prefilling),
+            scheduler.num_waiting_for_streaming_input,
+            self.used_blocks(),
+            binding,
+            self._read_running,
+            self._read_waiting,
         )
 
     def used_blocks(self) -> int:
         """KV blocks that requests hold, per group."""
-        return (self._usable_blocks() - self._free_blocks()) // self._groups
+        held: int = self._all_blocks - self._block_pool.get_num_free_blocks()
+        return held if self._groups == 1 else held // self._groups
 
     def read_running(self) -> Sequence[SequenceState]:
         """Every sequence in RUNNING; O(N)."""
@@ -303,45 +309,60 @@ class VllmAdapter:
 
     def after_schedule(self, output: Any) -> StepContent:
         """Reads what was scheduled; O(1) and the step's admissions, prefills and completions."""
-        running = self._scheduler.running
+        scheduler = self._scheduler
+        running = scheduler.running
         # Admissions are appended to RUNNING, and vLLM admits nobody in a step that preempted.
-        for request in running[self._running_before - self._preempted_since :]:
-            self._admitted[request.request_id] = request
-            self._prefilling[request.request_id] = request
-        finished = tuple(self._take_finished(output.finished_req_ids))
+        first_admitted = self._running_before - self._preempted_since
+        if len(running) > first_admitted:
+            for request in running[first_admitted:]:
+                request_id = request.request_id
+                self._admitted[request_id] = self._prefilling[request_id] = request
+        finished_ids = output.finished_req_ids
         scheduled = output.num_scheduled_tokens
-        prefill_seqs, prefill_tokens = self._count_prefills(scheduled)
+        prefill_seqs, prefill_tokens = (
+            self._count_prefills(scheduled) if self._prefilling else _NO_PREFILL
+        )
         return StepContent(
-            running=len(running),
-            waiting=self._scheduler.get_request_counts()[1],
-            decode_seqs=len(scheduled) - prefill_seqs,
-            prefill_tokens=prefill_tokens,
-            scheduled_tokens=output.total_num_scheduled_tokens,
-            used_blocks=self.used_blocks(),
-            finished=finished,
+            len(running),
+            scheduler.get_request_counts()[1],
+            len(scheduled) - prefill_seqs,
+            prefill_tokens,
+            output.total_num_scheduled_tokens,
+            self.used_blocks(),
+            self._take_finished(finished_ids) if finished_ids else (),
         )
 
     def is_idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
-        return not any(self._scheduler.get_request_counts())
+        scheduler = self._scheduler
+        return not scheduler.running and not any(scheduler.get_request_counts())
 
     def _usable_blocks(self) -> int:
         return int(self._block_pool.num_gpu_blocks) - 1  # one is vLLM's null block
 
-    def _free_blocks(self) -> int:
-        return int(self._block_pool.get_num_free_blocks())
-
-    def _take_finished(self, request_ids: set[str]) -> Sequence[FinishedRequest]:
+    def _take_finished(self, request_ids: set[str]) -> tuple[FinishedRequest, ...]:
         taken = []
+        prefilling, admitted = self._prefilling, self._admitted
         for request_id in request_ids:
-            self._prefilling.pop(request_id, None)
-            request = self._admitted.pop(request_id, None)
+            if request_id in prefilling:
+                del prefilling[request_id]
+            request = admitted.pop(request_id, None)
             if request is not None:
-                completed = request.status.name not in CUT_SHORT
                 taken.append(
-                    FinishedRequest(request.num_prompt_tokens, request.num_output_tokens, completed)
+                    FinishedRequest(
+                        request.num_prompt_tokens,
+                        request.num_output_tokens,
+                        self._is_whole(request.status),
+                    )
                 )
-        return taken
+        return tuple(taken)
+
+    def _is_whole(self, status: Any) -> bool:
+        """Whether a request with this final status generated all it would have."""
+        whole = self._whole.get(status)
+        if whole is None:  # reading an enumeration's name is slow
+            whole = self._whole[status] = status.name not in CUT_SHORT
+        return whole
 
     def _count_prefills(self, scheduled: dict[str, int]) -> tuple[int, int]:
         """Sequences and tokens of prefill in a step; forgets the prompts it completes."""

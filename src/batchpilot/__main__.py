@@ -44,6 +44,11 @@ COMMANDS = {
         "service",
         "serve limits to a fleet of engines over gRPC",
     ),
+    "train": Command(
+        "batchpilot.agents.training.cli",
+        "train",
+        "train an agent that steers both limits, and export it",
+    ),
 }
 
 
