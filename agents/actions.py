@@ -1,7 +1,14 @@
 """What an agent's action means: two numbers in [-1, 1] for the two limits, and back.
 
 One place for the environment and for every policy that runs a trained model, so that an action
-means in service what it meant in training.
+means in service what it meant in training. Three designs, with b the limit that a base policy
+decides in the same step and a the action for that limit:
+
+    absolute   low (high / low)^((a + 1) / 2)    from the least allowed to the start-up value
+    residual   b span^a                          from b / span to b * span; 0 is the base itself
+    grid       b f                               one pair of factors out of a few, by its number
+
+A trained policy records `ACTION_VERSION`; any change of a mapping is a new version.
 """
 
 from __future__ import annotations
@@ -9,11 +16,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
 
 from batchpilot.agents.limits import BatchLimits, EngineFacts
 from batchpilot.agents.parameters import ConfigError
 
 ACTION_SIZE = 2
+ACTION_VERSION = 1
+
+Design = Literal["absolute", "residual", "grid"]
+#: Two numbers in [-1, 1], or the number of a pair of factors.
+Action = tuple[float, float] | int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +72,7 @@ class ActionScale:
         Raises:
             ValueError: Not two finite numbers.
         """
-        values = [float(value) for value in action]
-        if len(values) != ACTION_SIZE or not all(map(math.isfinite, values)):
-            raise ValueError(f"action={values} must be {ACTION_SIZE} finite numbers in [-1, 1]")
+        values = checked_action(action)
         low, high = self.lowest, self.highest
         return BatchLimits(
             _scaled(values[0], low.max_num_seqs, high.max_num_seqs),
@@ -92,3 +104,243 @@ def log_position(value: float, low: float, high: float) -> float:
 def _scaled(action: float, low: int, high: int) -> int:
     share = (min(max(action, -1.0), 1.0) + 1.0) / 2.0
     return min(max(round(low * math.pow(high / low, share)), low), high)
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualScale:
+    """Shifts a base policy's limits on a log scale.
+
+    Formula, for each limit: limit = base span^a, rounded to a whole number, then kept between
+    `lowest` and the start-up value. An action of 0 is the base's own limit, exactly and whatever
+    it is.
+
+    Attributes:
+        seqs_span: What a = 1 multiplies `max_num_seqs` by, and a = -1 divides it by.
+        tokens_span: The same of `max_num_batched_tokens`.
+        lowest: Least limits an action may lead to.
+
+    Raises:
+        ConfigError: A span that is not a finite number above 1.
+    """
+
+    seqs_span: float
+    tokens_span: float
+    lowest: BatchLimits = BatchLimits(1, 1)
+
+    def __post_init__(self) -> None:
+        """Checks that there is something to choose."""
+        for name in ("seqs_span", "tokens_span"):
+            span = getattr(self, name)
+            if not (math.isfinite(span) and span > 1):
+                raise ConfigError(f"{name}={span!r} must be a finite number above 1")
+
+    def to_limits(
+        self, action: Sequence[float], base: BatchLimits, engine: EngineFacts
+    ) -> BatchLimits:
+        """The limits an action asks for; actions beyond [-1, 1] are taken as the nearest inside.
+
+        Raises:
+            ValueError: Not two finite numbers.
+        """
+        seqs, tokens = checked_action(action)
+        factors = (math.pow(self.seqs_span, seqs), math.pow(self.tokens_span, tokens))
+        return _shifted(base, factors, self.lowest, engine)
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualGrid:
+    """A few pairs of factors for a base policy's limits: the discrete form of `ResidualScale`.
+
+    Number i stands for the pair (seqs_factors[i // n], tokens_factors[i % n]), n the number of
+    token factors.
+
+    Attributes:
+        seqs_factors: Factors of `max_num_seqs`.
+        tokens_factors: Factors of `max_num_batched_tokens`.
+        lowest: Least limits an action may lead to.
+
+    Raises:
+        ConfigError: A factor that is not a finite number above 0, one given twice, or no pair
+            (1, 1), which is the base itself.
+    """
+
+    seqs_factors: tuple[float, ...]
+    tokens_factors: tuple[float, ...]
+    lowest: BatchLimits = BatchLimits(1, 1)
+
+    def __post_init__(self) -> None:
+        """Checks every factor."""
+        for name in ("seqs_factors", "tokens_factors"):
+            factors = getattr(self, name)
+            if not all(math.isfinite(factor) and factor > 0 for factor in factors):
+                raise ConfigError(f"{name}={factors!r} must be finite numbers above 0")
+            if len(set(factors)) != len(factors) or 1.0 not in factors:
+                raise ConfigError(f"{name}={factors!r} must differ, with 1 among them")
+
+    @property
+    def size(self) -> int:
+        """How many actions there are."""
+        return len(self.seqs_factors) * len(self.tokens_factors)
+
+    @property
+    def neutral(self) -> int:
+        """The action that leaves the base as it is."""
+        seqs = self.seqs_factors.index(1.0) * len(self.tokens_factors)
+        return seqs + self.tokens_factors.index(1.0)
+
+    def factors(self, action: int) -> tuple[float, float]:
+        """The pair behind a number.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if not 0 <= action < self.size:
+            raise ValueError(f"action={action} must be a whole number from 0 to {self.size - 1}")
+        seqs, tokens = divmod(int(action), len(self.tokens_factors))
+        return self.seqs_factors[seqs], self.tokens_factors[tokens]
+
+    def to_limits(self, action: int, base: BatchLimits, engine: EngineFacts) -> BatchLimits:
+        """The limits an action asks for.
+
+        Raises:
+            ValueError: There is no such action.
+        """
+        return _shifted(base, self.factors(action), self.lowest, engine)
+
+
+@dataclass(frozen=True)
+class ActionDesign:
+    """Which of the three mappings an agent was trained with, and its numbers.
+
+    Attributes:
+        design: `absolute`, `residual` or `grid`.
+        min_num_seqs: Least `max_num_seqs` an action may lead to.
+        min_num_batched_tokens: Least `max_num_batched_tokens` an action may lead to.
+        seqs_span: Of `ResidualScale`.
+        tokens_span: Of `ResidualScale`.
+        seqs_factors: Of `ResidualGrid`.
+        tokens_factors: Of `ResidualGrid`.
+
+    Raises:
+        ConfigError: An unknown design, or numbers that do not fit it.
+    """
+
+    design: Design = "residual"
+    min_num_seqs: int = 1
+    min_num_batched_tokens: int = 64
+    seqs_span: float = 2.0
+    tokens_span: float = 8.0
+    seqs_factors: tuple[float, ...] = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+    tokens_factors: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
+
+    def __post_init__(self) -> None:
+        """Checks every number, also those that this design does not use."""
+        if self.design not in get_args(Design):
+            known = ", ".join(get_args(Design))
+            raise ConfigError(f"action design {self.design!r} is not one of: {known}")
+        for name in ("min_num_seqs", "min_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        ResidualScale(self.seqs_span, self.tokens_span)
+        ResidualGrid(self.seqs_factors, self.tokens_factors)
+
+    @cached_property
+    def lowest(self) -> BatchLimits:
+        """Least limits an action may lead to."""
+        return BatchLimits(self.min_num_seqs, self.min_num_batched_tokens)
+
+    @cached_property
+    def residual(self) -> ResidualScale:
+        """The mapping of `residual`."""
+        return ResidualScale(self.seqs_span, self.tokens_span, self.lowest)
+
+    @cached_property
+    def grid(self) -> ResidualGrid:
+        """The mapping of `grid`."""
+        return ResidualGrid(self.seqs_factors, self.tokens_factors, self.lowest)
+
+    @property
+    def output_size(self) -> int:
+        """Numbers a model gives: two, or one a pair of factors, of which the greatest is meant."""
+        return self.grid.size if self.design == "grid" else ACTION_SIZE
+
+    @property
+    def neutral(self) -> Action | None:
+        """The action that is the base policy itself; None where there is none."""
+        if self.design == "absolute":
+            return None
+        return self.grid.neutral if self.design == "grid" else (0.0, 0.0)
+
+    def chosen(self, output: Sequence[float]) -> Action:
+        """The action that a model's output stands for.
+
+        Raises:
+            ValueError: Another number of values than `output_size`, or one that is not finite.
+        """
+        if self.design != "grid":
+            return checked_action(output)
+        values = [float(value) for value in output]
+        if len(values) != self.output_size or not all(map(math.isfinite, values)):
+            raise ValueError(f"a model's output must be {self.output_size} finite numbers")
+        return values.index(max(values))
+
+    def to_limits(self, action: Action, base: BatchLimits, engine: EngineFacts) -> BatchLimits:
+        """The limits that an action asks for.
+
+        Args:
+            action: As `chosen` gives it.
+            base: What the base policy decides in this step; `absolute` does not look at it.
+            engine: Where.
+
+        Raises:
+            ValueError: No action of this design.
+        """
+        if isinstance(action, int):
+            return self.grid.to_limits(action, base, engine)
+        if self.design == "residual":
+            return self.residual.to_limits(action, base, engine)
+        return self._absolute(action, engine)
+
+    def _absolute(self, action: Sequence[float], engine: EngineFacts) -> BatchLimits:
+        """`ActionScale`, also for an engine whose start-up value leaves nothing to choose."""
+        highest, values = engine.startup_limits, checked_action(action)
+        seqs, tokens = highest.max_num_seqs, highest.max_num_batched_tokens
+        return BatchLimits(
+            _scaled(values[0], min(self.min_num_seqs, seqs), seqs),
+            _scaled(values[1], min(self.min_num_batched_tokens, tokens), tokens),
+        )
+
+
+def checked_action(action: Sequence[float]) -> tuple[float, float]:
+    """Two finite numbers, each the nearest in [-1, 1].
+
+    Raises:
+        ValueError: Not two finite numbers.
+    """
+    values = [float(value) for value in action]
+    if len(values) != ACTION_SIZE or not all(map(math.isfinite, values)):
+        raise ValueError(f"action={values} must be {ACTION_SIZE} finite numbers in [-1, 1]")
+    return min(max(values[0], -1.0), 1.0), min(max(values[1], -1.0), 1.0)
+
+
+def _shifted(
+    base: BatchLimits, factors: tuple[float, float], lowest: BatchLimits, engine: EngineFacts
+) -> BatchLimits:
+    """The base's limits times the factors; a factor of 1 leaves a limit untouched."""
+    seqs, tokens = factors
+    highest = engine.startup_limits
+    return BatchLimits(
+        _multiplied(base.max_num_seqs, seqs, lowest.max_num_seqs, highest.max_num_seqs),
+        _multiplied(
+            base.max_num_batched_tokens,
+            tokens,
+            lowest.max_num_batched_tokens,
+            highest.max_num_batched_tokens,
+        ),
+    )
+
+
+def _multiplied(value: int, factor: float, low: int, high: int) -> int:
+    if factor == 1.0:
+        return value
+    return min(max(round(value * factor), low), high)

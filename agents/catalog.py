@@ -6,7 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from batchpilot.agents.artefact import Artefact
 from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
+from batchpilot.agents.concurrency import (
+    AimdParameters,
+    AimdPolicy,
+    Gradient2Parameters,
+    Gradient2Policy,
+)
+from batchpilot.agents.features import LatencyTargets
+from batchpilot.agents.learned import LearnedParameters, LearnedPolicy
+from batchpilot.agents.learned_model import OnnxModel, PolicyModel
 from batchpilot.agents.memory import (
     MemoryCltParameters,
     MemoryCltPolicy,
@@ -14,29 +24,120 @@ from batchpilot.agents.memory import (
     MemoryPolicy,
 )
 from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
+from batchpilot.agents.p_pas import PPasParameters, PPasPolicy
 from batchpilot.agents.parameters import ConfigError, Parameters
 from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.predictive import PredictiveParameters, PredictivePolicy
+from batchpilot.agents.registry import PolicyRegistry
 from batchpilot.agents.sla import SlaGuardedPolicy, SlaParameters, SlaPolicy
 from batchpilot.agents.static import StaticParameters, StaticPolicy
+from batchpilot.agents.trtllm import TrtllmParameters, TrtllmPolicy
 
 
 @dataclass(frozen=True)
 class PolicyKind:
-    """How a policy is built: its parameters, and the class that takes them."""
+    """How a policy is built: its parameters, and the class that takes them.
+
+    Attributes:
+        parameters: Their class.
+        build: Takes them; its docstring is the policy's.
+        positional: The parameter that may be given without its name, first: `learned:PATH`.
+        fingerprint: Names what the parameters point to on disk and may change there.
+        needs_steps: Whether, with these parameters, it learns from what only single steps and
+            sequences tell; others are content with sums over an interval.
+    """
 
     parameters: type[Parameters]
     build: Callable[[Any], LimitPolicy]
+    positional: str | None = None
+    fingerprint: Callable[[Any], str] | None = None
+    needs_steps: Callable[[Any], bool] = lambda params: False
 
+
+def _always(params: Parameters) -> bool:
+    """Learns from single lengths, step times or peaks."""
+    del params
+    return True
+
+
+def build_learned(params: LearnedParameters) -> LearnedPolicy:
+    """Reads, checks and loads a trained policy, and builds its base.
+
+    Raises:
+        ConfigError: It is not there, or cannot be used.
+    """
+    artefact = find_learned(params)
+    return learned_policy(artefact, params)
+
+
+def learned_policy(
+    artefact: Artefact, targets: LatencyTargets, model: PolicyModel | None = None
+) -> LearnedPolicy:
+    """A fresh policy on an artefact that has been read and checked.
+
+    Args:
+        artefact: The trained policy.
+        targets: The latency targets; those not set are the artefact's.
+        model: Its network, where that is loaded already; one model serves one policy.
+
+    Raises:
+        ConfigError: onnxruntime refuses it, or its base policy cannot be built.
+    """
+    trained = artefact.manifest.targets
+    defaults = {
+        "itl_slo_ms": targets.itl_slo_ms or trained.itl_slo_ms,
+        "ttft_slo_ms": targets.ttft_slo_ms or trained.ttft_slo_ms,
+    }
+    base = PolicySpec.parse(artefact.manifest.base_policy).build(defaults)
+    return LearnedPolicy(model or OnnxModel(artefact), artefact.manifest, base, targets)
+
+
+def find_learned(params: LearnedParameters) -> Artefact:
+    """Reads and checks the artefact that the parameters name.
+
+    Raises:
+        ArtefactError: It is not there, or cannot be used.
+    """
+    if not params.artefact:
+        raise ConfigError("artefact is required: a folder, NAME@VERSION or NAME")
+    return PolicyRegistry().resolve(params.artefact, params.group)
+
+
+def _learned_fingerprint(params: LearnedParameters) -> str:
+    return find_learned(params).fingerprint
+
+
+build_learned.__doc__ = LearnedPolicy.__doc__
 
 POLICIES: dict[str, PolicyKind] = {
     "static": PolicyKind(StaticParameters, StaticPolicy),
     "memory": PolicyKind(MemoryParameters, MemoryPolicy),
-    "memory-clt": PolicyKind(MemoryCltParameters, MemoryCltPolicy),
-    "memory-peak": PolicyKind(MemoryPeakParameters, MemoryPeakPolicy),
+    "memory-clt": PolicyKind(MemoryCltParameters, MemoryCltPolicy, needs_steps=_always),
+    "memory-peak": PolicyKind(MemoryPeakParameters, MemoryPeakPolicy, needs_steps=_always),
     "sla": PolicyKind(SlaParameters, SlaPolicy),
     "sla-guarded": PolicyKind(SlaParameters, SlaGuardedPolicy),
-    "memory+sla": PolicyKind(MemorySlaParameters, MemorySlaPolicy),
+    "memory+sla": PolicyKind(
+        MemorySlaParameters,
+        MemorySlaPolicy,
+        needs_steps=lambda params: params.memory != "memory",
+    ),
+    "trtllm": PolicyKind(TrtllmParameters, TrtllmPolicy, needs_steps=_always),
+    "p-pas": PolicyKind(PPasParameters, PPasPolicy),
+    "aimd": PolicyKind(AimdParameters, AimdPolicy),
+    "gradient2": PolicyKind(Gradient2Parameters, Gradient2Policy),
+    "predictive": PolicyKind(PredictiveParameters, PredictivePolicy, needs_steps=_always),
+    "learned": PolicyKind(
+        # Its observation holds peaks, which mean steps would hide.
+        LearnedParameters,
+        build_learned,
+        "artefact",
+        _learned_fingerprint,
+        _always,
+    ),
 }
+
+#: The policies that are complete by their name, without a file of their own.
+SELF_CONTAINED = tuple(name for name, kind in POLICIES.items() if kind.positional is None)
 
 
 def policy_kind(name: str) -> PolicyKind:
@@ -59,13 +160,16 @@ class PolicySpec:
 
     @classmethod
     def parse(cls, text: str) -> PolicySpec:
-        """Reads `name` or `name:key=value:key=value`.
+        """Reads `name`, `name:key=value:key=value`, or `learned:PATH:key=value`.
 
         Raises:
             ConfigError: The text has another form. Names and keys are checked by `build`.
         """
         name, *pairs = text.strip().split(":")
         parameters = {}
+        kind = POLICIES.get(name)
+        if kind and kind.positional and pairs and _is_positional(pairs[0], kind):
+            parameters[kind.positional] = pairs.pop(0)
         for pair in pairs:
             key, equals, value = pair.partition("=")
             if not (key and equals and value):
@@ -86,13 +190,39 @@ class PolicySpec:
             ConfigError: Unknown policy or key, or a value that does not fit.
         """
         kind = policy_kind(self.name)
+        return kind.build(self._read(kind, defaults))
+
+    def fingerprint(self) -> str:
+        """Names what the policy is made of beside its text: files that may change; mostly nothing.
+
+        Raises:
+            ConfigError: What it points to is not there, or cannot be used.
+        """
+        kind = policy_kind(self.name)
+        return "" if kind.fingerprint is None else kind.fingerprint(self._read(kind, None))
+
+    def needs_steps(self, defaults: Mapping[str, Any] | None = None) -> bool:
+        """Whether the policy must be shown every step, and not only sums over an interval.
+
+        Raises:
+            ConfigError: As `build`.
+        """
+        kind = policy_kind(self.name)
+        return kind.needs_steps(self._read(kind, defaults))
+
+    def _read(self, kind: PolicyKind, defaults: Mapping[str, Any] | None) -> Any:
         accepted = kind.parameters.names()
         shared = {k: v for k, v in (defaults or {}).items() if k in accepted and v is not None}
-        params = kind.parameters.from_mapping(
+        return kind.parameters.from_mapping(
             {**shared, **self.parameters}, where=f"policy {self.name!r}"
         )
-        return kind.build(params)
 
     def __str__(self) -> str:
         """The text that `parse` reads back."""
         return ":".join([self.name, *(f"{k}={v}" for k, v in self.parameters.items())])
+
+
+def _is_positional(text: str, kind: PolicyKind) -> bool:
+    """Whether a part of a policy's text is a value without its name; a path may hold an `=`."""
+    key, equals, _ = text.partition("=")
+    return bool(text) and not (equals and key in kind.parameters.names())

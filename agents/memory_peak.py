@@ -73,12 +73,14 @@ class MemoryPeakPolicy:
     N / 32 steps. One that ends in between makes no room, and a preemption takes the grant back.
     """
 
-    def __init__(self, params: MemoryPeakParameters) -> None:
-        """Starts without lengths."""
+    def __init__(
+        self, params: MemoryPeakParameters, lengths: LengthEstimator | None = None
+    ) -> None:
+        """Starts without lengths, or with an estimator that another policy reads too."""
         self._theta = NormalDist().inv_cdf(1 - params.memory_overflow_probability)
         self._recheck_steps = params.recheck_steps
         self._by_blocks = MemoryPolicy(MemoryParameters(memory_factor=COLD_START_MEMORY_FACTOR))
-        self._lengths = LengthEstimator()
+        self._lengths = lengths or LengthEstimator()
         self._decision: Decision | None = None
         self._idle: Decision | None = None
         self._running = 0

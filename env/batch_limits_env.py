@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from batchpilot.agents.actions import ACTION_SIZE
+from batchpilot.agents.actions import ACTION_SIZE, Action, checked_action
 from batchpilot.agents.features import FEATURE_NAMES, observation
+from batchpilot.agents.history import ObservationHistory
 from batchpilot.agents.limits import BatchLimits
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.env_parameters import EnvParameters, VirtualEnvParameters
@@ -33,7 +34,7 @@ _SEEDS = 2**31
 P = TypeVar("P", bound=EnvParameters)
 
 
-class SteeredEngineEnv(gymnasium.Env[Observation, npt.NDArray[np.float32]], ABC, Generic[P]):
+class SteeredEngineEnv(gymnasium.Env[Observation, Any], ABC, Generic[P]):
     """What the environments share: everything but how their engine is started.
 
     Args:
@@ -49,8 +50,16 @@ class SteeredEngineEnv(gymnasium.Env[Observation, npt.NDArray[np.float32]], ABC,
         self.params = params
         self.render_mode = render_mode
         self._spec = params.workload_spec
-        self.observation_space = spaces.Box(-1.0, 1.0, (len(FEATURE_NAMES),), np.float32)
-        self.action_space = spaces.Box(-1.0, 1.0, (ACTION_SIZE,), np.float32)
+        size = params.history * len(FEATURE_NAMES)
+        self.observation_space = spaces.Box(-1.0, 1.0, (size,), np.float32)
+        self._design = params.actions
+        self.action_space = (
+            spaces.Discrete(self._design.output_size)
+            if self._design.design == "grid"
+            else spaces.Box(-1.0, 1.0, (ACTION_SIZE,), np.float32)
+        )
+        self._history = ObservationHistory(params.history)
+        self._potential = 0.0
         self._opened: OpenedEngine | None = None
         self._episode: Episode | None = None
         self._line = ""
@@ -78,9 +87,10 @@ class SteeredEngineEnv(gymnasium.Env[Observation, npt.NDArray[np.float32]], ABC,
         if options:
             raise ConfigError(f"reset: unknown option {next(iter(options))!r}; there are none")
         super().reset(seed=seed)
-        opened = self._open_engine()
         if self._episode is not None:
             self._episode.abandon()
+        self._prepare()
+        opened = self._open_engine()
         episode_seed = int(self.np_random.integers(_SEEDS))
         spread = math.log(self.params.rate_spread)
         factor = math.exp(self.np_random.uniform(-spread, spread))
@@ -89,27 +99,30 @@ class SteeredEngineEnv(gymnasium.Env[Observation, npt.NDArray[np.float32]], ABC,
         window = self._episode.close_window()
         self._line = f"episode of seed {episode_seed}"
         info = {"episode_seed": episode_seed, "rate_scale": spec.rate_scale}
-        return observation(window, opened.engine.facts, self.params), info
+        self._history.clear()
+        self._potential = 0.0
+        return self._history.push(observation(window, opened.engine.facts, self.params)), info
 
-    def step(
-        self, action: npt.NDArray[np.float32]
-    ) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Observation, SupportsFloat, bool, bool, dict[str, Any]]:
         """Serves for one decision interval under the limits that the action asks for.
+
+        Args:
+            action: Two numbers, or with `action_design="grid"` the number of a pair of factors.
 
         Raises:
             RuntimeError: No episode has been started.
-            ValueError: An action that is not two finite numbers.
+            ValueError: No action of the design.
         """
         episode, opened = self._episode, self._opened
         if episode is None or opened is None:
             raise RuntimeError("step before reset: call reset() to start an episode")
-        report = episode.run_interval(np.asarray(action, dtype=np.float64).tolist())
+        report = episode.run_interval(self._read_action(action))
         terms = self._terms(report, opened)
         facts = opened.engine.facts
         usage = report.window.used_blocks / facts.total_blocks
         info = _info(report, terms, episode.ledger.slo_attainment, usage)
         self._line = _describe(report, terms, info)
-        seen = observation(report.window, facts, self.params)
+        seen = self._history.push(observation(report.window, facts, self.params))
         return seen, terms.total, False, episode.is_over, info
 
     def render(self) -> str | None:
@@ -122,6 +135,15 @@ class SteeredEngineEnv(gymnasium.Env[Observation, npt.NDArray[np.float32]], ABC,
         if opened is not None:
             opened.engine.close()
 
+    def _prepare(self) -> None:
+        """Draws what else differs from episode to episode, from `np_random`; nothing here."""
+
+    def _read_action(self, action: Any) -> Action:
+        if self._design.design == "grid":
+            self._design.grid.factors(int(action))  # raises where there is no such action
+            return int(action)
+        return checked_action(np.asarray(action, dtype=np.float64).tolist())
+
     def _open_engine(self) -> OpenedEngine:
         if self._opened is None:
             sample = replace(self._spec, num_requests=self._spec.num_requests or 1000).build()
@@ -129,11 +151,17 @@ class SteeredEngineEnv(gymnasium.Env[Observation, npt.NDArray[np.float32]], ABC,
         return self._opened
 
     def _terms(self, report: Interval, opened: OpenedEngine) -> RewardTerms:
-        goodput_per_s = report.service.good_tokens / report.window.seconds
+        p, service = self.params, report.service
+        expected = opened.capacity_requests_per_s * p.decision_interval_s
+        potential = service.on_track - p.slo_weight * service.off_track
+        gained = p.shaping_discount * potential - self._potential
+        self._potential = potential
         return RewardTerms(
-            goodput=goodput_per_s / opened.capacity_tokens_per_s,
-            slo_penalty=self.params.slo_weight * report.service.cost,
-            preemption_penalty=self.params.preemption_weight * report.window.recomputed_share,
+            goodput=service.inside / expected,
+            slo_penalty=p.slo_weight * service.missed / expected,
+            preemption_penalty=p.preemption_weight * report.window.recomputed_share,
+            shield_penalty=p.shield_weight * report.shielded_share,
+            shaping=gained / expected,
         )
 
 
@@ -143,18 +171,26 @@ class BatchLimitsEnv(SteeredEngineEnv[VirtualEnvParameters]):
     One step is one decision interval of engine time (it ends with the engine step that reaches
     its end). An episode is truncated at the horizon and never terminated.
 
-    Action, `Box(-1, 1, (2,), float32)`, on a log scale (see `ActionScale`); vLLM applies it after
-    the shield, which never lets a limit fall below what runs:
+    Action, on a log scale (`batchpilot.agents.actions` has the formulas); vLLM applies it after the
+    shield, which never lets a limit fall below what runs. With `action_design="residual"`,
+    `Box(-1, 1, (2,), float32)`, relative to what `base_policy` decides before each engine step; 0
+    is the base policy itself:
 
-        index  limit                   -1                       1
-        0      max_num_seqs            min_num_seqs             start-up max_num_seqs
-        1      max_num_batched_tokens  min_num_batched_tokens   start-up max_num_batched_tokens
+        index  limit                   -1                   1
+        0      max_num_seqs            base / seqs_span     base * seqs_span
+        1      max_num_batched_tokens  base / tokens_span   base * tokens_span
 
-    Observation, `Box(-1, 1, (26,), float32)`: the interval's telemetry;
-    `batchpilot.agents.features` has the table of names, sources, units and scales.
+    with `"absolute"`, the same space, from `min_num_seqs` and `min_num_batched_tokens` to the
+    start-up limits; with `"grid"`, `Discrete(28)`, one of a few pairs of factors for the base's
+    limits.
 
-    Reward: goodput per second over the engine's capacity, less penalties for late requests and for
-    work that preemption threw away; `batchpilot.env.reward` has the formula.
+    Observation, `Box(-1, 1, (26 * history,), float32)`: the interval's telemetry, before it that of
+    the intervals before; `batchpilot.agents.features` has the table of names, sources, units and
+    scales.
+
+    Reward: requests inside their targets over what the engine could finish, less penalties for late
+    requests, for work that preemption threw away and for steps that the shield changed, with a
+    potential that pays as tokens come; `batchpilot.env.reward` has the formula.
 
     Info, from `step`:
 
@@ -164,11 +200,12 @@ class BatchLimitsEnv(SteeredEngineEnv[VirtualEnvParameters]):
         shielded_share       share of the interval's engine steps in which it did, 0 to 1
         binding              what kept the next request out: kv_cache, max_num_seqs,
                              token_budget or none
-        reward_goodput, reward_slo_penalty, reward_preemption_penalty
-                             the reward's terms: the first less the others
-        cost                 share of late requests, 0 to 1
-        slo_attainment       share of the requests finished in this episode that were inside their
-                             targets, 0 to 1; 1 before the first
+        reward_goodput, reward_slo_penalty, reward_preemption_penalty, reward_shield_penalty,
+        reward_shaping       the reward's terms: the first less the three penalties, plus the last
+        cost                 share of late requests among those served or overdue, 0 to 1
+        inside, missed       requests whose fate became known: inside their targets, or late
+        slo_attainment       share inside of all whose fate is known in this episode, 0 to 1; 1
+                             before the first
         goodput_tokens_per_s, throughput_tokens_per_s
                              output tokens per second, those inside the targets and all
         running, waiting, arrived, finished, preemptions
@@ -191,22 +228,38 @@ class BatchLimitsEnv(SteeredEngineEnv[VirtualEnvParameters]):
         super().__init__(params, render_mode=render_mode)
 
     def _open(self, mean: MeanLengths) -> OpenedEngine:
-        p = self.params
-        engine = VirtualEngine(
-            VirtualEngineConfig(
-                profile=p.profile,
-                max_num_seqs=p.max_num_seqs,
-                max_num_batched_tokens=p.max_num_batched_tokens,
-                kv_blocks=p.kv_blocks,
-                enable_prefix_caching=p.enable_prefix_caching,
-                async_scheduling=p.async_scheduling,
-                noise=p.noise,
-            )
+        return opened_engine(start_engine(self.params), self.params, mean)
+
+
+def start_engine(params: VirtualEnvParameters) -> VirtualEngine:
+    """The engine that the parameters describe."""
+    return VirtualEngine(
+        VirtualEngineConfig(
+            profile=params.profile,
+            max_num_seqs=params.max_num_seqs,
+            max_num_batched_tokens=params.max_num_batched_tokens,
+            kv_blocks=params.kv_blocks,
+            enable_prefix_caching=params.enable_prefix_caching,
+            async_scheduling=params.async_scheduling,
+            noise=params.noise,
         )
-        capacity = profile_capacity(engine.profile.step_time, engine.facts, mean)
-        return OpenedEngine(
-            engine, VOCAB_SIZE, engine.max_model_len, p.capacity_tokens_per_s or capacity
-        )
+    )
+
+
+def opened_engine(
+    engine: VirtualEngine, params: VirtualEnvParameters, mean: MeanLengths
+) -> OpenedEngine:
+    """The engine with what an environment must know of it.
+
+    Args:
+        engine: Started with these parameters.
+        params: Their capacity wins over the computed one.
+        mean: Of the workload.
+    """
+    capacity = params.capacity_tokens_per_s or profile_capacity(
+        engine.profile.step_time, engine.facts, mean
+    )
+    return OpenedEngine(engine, VOCAB_SIZE, engine.max_model_len, capacity, mean.output_tokens)
 
 
 def _info(
@@ -223,7 +276,11 @@ def _info(
         "reward_goodput": terms.goodput,
         "reward_slo_penalty": terms.slo_penalty,
         "reward_preemption_penalty": terms.preemption_penalty,
+        "reward_shield_penalty": terms.shield_penalty,
+        "reward_shaping": terms.shaping,
         "cost": service.cost,
+        "inside": service.inside,
+        "missed": service.missed,
         "slo_attainment": 1.0 if slo_attainment is None else slo_attainment,
         "goodput_tokens_per_s": service.good_tokens / window.seconds,
         "throughput_tokens_per_s": service.tokens / window.seconds,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast, get_args
 
+from batchpilot.agents.actions import ActionDesign, Design
+from batchpilot.agents.catalog import PolicySpec
 from batchpilot.agents.features import LatencyTargets
 from batchpilot.agents.parameters import ConfigError, parameter
+from batchpilot.agents.policy import LimitPolicy
 from batchpilot.env.workloads import WorkloadSpec, read_spec
 
 
@@ -19,6 +23,12 @@ class EnvParameters(LatencyTargets):
         rate_spread: Each episode multiplies `rate_scale` by a factor drawn from 1 / rate_spread to
             rate_spread, evenly on a log scale; 1 draws nothing.
         random_start: Each episode replays another stretch of a trace.
+        action_design: `residual` shifts the base policy's limits, so that an action of 0 is the
+            base policy; `grid` chooses from a few such shifts; `absolute` names the limits.
+        base_policy: What `residual` and `grid` are relative to. It decides before each engine
+            step, and starts afresh in each episode.
+        history: Observations an agent sees side by side, oldest first.
+        shaping_discount: Of the potential in the reward; best the agent's own discount.
         capacity_tokens_per_s: The goodput that counts as 1 in the reward; None: worked out from
             the engine and the workload's mean lengths.
 
@@ -36,12 +46,25 @@ class EnvParameters(LatencyTargets):
     ttft_slo_ms: float | None = parameter(5000.0, above=0, help="target for a request's TTFT")
     decision_interval_s: float = parameter(1.0, above=0, help="engine time between two actions")
     horizon_s: float = parameter(120.0, above=0, help="engine time of an episode")
-    min_num_seqs: int = parameter(1, minimum=1, help="max_num_seqs of the action -1")
+    action_design: str = parameter(
+        "residual", choices=get_args(Design), help="what an action means"
+    )
+    base_policy: str = parameter("predictive", help="what residual and grid actions shift")
+    history: int = parameter(1, minimum=1, help="observations an agent sees at once")
+    min_num_seqs: int = parameter(1, minimum=1, help="least max_num_seqs of an action")
     min_num_batched_tokens: int = parameter(
-        64, minimum=1, help="max_num_batched_tokens of the action -1"
+        64, minimum=1, help="least max_num_batched_tokens of an action"
+    )
+    seqs_span: float = parameter(2.0, above=1, help="residual: most factor of max_num_seqs")
+    tokens_span: float = parameter(
+        8.0, above=1, help="residual: most factor of max_num_batched_tokens"
     )
     slo_weight: float = parameter(0.5, minimum=0, help="weight of late requests in the reward")
-    preemption_weight: float = parameter(0.5, minimum=0, help="weight of work thrown away")
+    preemption_weight: float = parameter(0.2, minimum=0, help="weight of work thrown away")
+    shield_weight: float = parameter(0.1, minimum=0, help="weight of steps the shield changed")
+    shaping_discount: float = parameter(
+        0.98, minimum=0, maximum=1, help="discount of the potential in the reward"
+    )
     capacity_tokens_per_s: float | None = parameter(None, above=0, help="goodput that counts as 1")
 
     def __post_init__(self) -> None:
@@ -52,6 +75,29 @@ class EnvParameters(LatencyTargets):
                 f"horizon_s={self.horizon_s:g} must be at least "
                 f"decision_interval_s={self.decision_interval_s:g}"
             )
+        self.build_base_policy()
+
+    @property
+    def actions(self) -> ActionDesign:
+        """What an action means."""
+        return ActionDesign(
+            design=cast(Design, self.action_design),
+            min_num_seqs=self.min_num_seqs,
+            min_num_batched_tokens=self.min_num_batched_tokens,
+            seqs_span=self.seqs_span,
+            tokens_span=self.tokens_span,
+        )
+
+    def build_base_policy(self) -> LimitPolicy:
+        """A fresh base policy; absolute actions need none, so that theirs does nothing.
+
+        Raises:
+            ConfigError: An unknown policy or parameter.
+        """
+        base = PolicySpec.parse(self.base_policy).build(
+            {"itl_slo_ms": self.itl_slo_ms, "ttft_slo_ms": self.ttft_slo_ms}
+        )
+        return PolicySpec("static").build() if self.action_design == "absolute" else base
 
     @property
     def workload_spec(self) -> WorkloadSpec:

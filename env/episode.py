@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchpilot.agents.actions import ActionScale
-from batchpilot.agents.limits import (
-    BatchLimits,
-    Binding,
-    Decision,
-    EngineSnapshot,
-    Source,
-    StepRecord,
-)
+from batchpilot.agents.acting import ActingPolicy
+from batchpilot.agents.actions import Action, ActionScale
+from batchpilot.agents.limits import BatchLimits, Binding, Decision, EngineSnapshot
 from batchpilot.agents.telemetry import TelemetryWindow, WindowBuilder
 from batchpilot.env.engine import Engine
 from batchpilot.env.env_parameters import EnvParameters
@@ -27,23 +20,19 @@ from batchpilot.env.workloads import WorkloadSpec
 _MOST_STANDSTILL_STEPS = 10_000
 
 
-class DirectedPolicy:
-    """Decides what it was told last: the environment's hand on the hook.
+class DirectedPolicy(ActingPolicy):
+    """The environment's hand on the hook: an acting policy that remembers what it proposed.
 
-    Formula: none. Until it is told anything, the start-up limits.
+    Formula: that of `ActingPolicy`.
     """
 
-    def __init__(self) -> None:
-        """Starts without orders."""
-        self.limits: BatchLimits | None = None
-
-    def observe(self, step: StepRecord) -> None:
-        """Learns nothing."""
+    proposed: BatchLimits | None = None
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
-        """The limits it was told, for the shield to clamp."""
-        limits = self.limits or snapshot.engine.startup_limits
-        return Decision(limits, Source.LEARNED, "action")
+        """The action's limits, for the shield to clamp."""
+        decision = super().decide(snapshot)
+        self.proposed = decision.limits
+        return decision
 
 
 @dataclass(frozen=True)
@@ -55,12 +44,19 @@ class OpenedEngine:
         vocab_size: Token ids of prompts stay below it.
         max_model_len: Longest prompt and output together.
         capacity_tokens_per_s: What it can give at most on the workload's mean lengths.
+        mean_output_tokens: Of the workload.
     """
 
     engine: Engine
     vocab_size: int
     max_model_len: int
     capacity_tokens_per_s: float
+    mean_output_tokens: float
+
+    @property
+    def capacity_requests_per_s(self) -> float:
+        """Requests of mean length that it can finish at most."""
+        return self.capacity_tokens_per_s / self.mean_output_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,8 @@ class Interval:
     """What one decision interval brought.
 
     Attributes:
-        proposed: What the action asked for.
+        proposed: What the action asked for in the newest engine step; start-up limits before the
+            first.
         window: The interval's telemetry.
         service: How its requests were served.
         shielded: Whether the shield changed the newest proposal.
@@ -94,14 +91,13 @@ class Episode:
         self._engine = opened.engine
         self._params = params
         _reset_engine(self._engine, spec.seed)
-        self._policy = DirectedPolicy()
-        self._engine.set_policy(self._policy)
         facts = self._engine.facts
-        self._scale = ActionScale.of(
-            facts,
-            min_num_seqs=params.min_num_seqs,
-            min_num_batched_tokens=params.min_num_batched_tokens,
-        )
+        if params.action_design == "absolute":
+            ActionScale(
+                params.actions.lowest, facts.startup_limits
+            )  # checks that there is a choice
+        self._policy = DirectedPolicy(params.actions, params.build_base_policy())
+        self._engine.set_policy(self._policy)
         self._stream = RequestStream(
             spec,
             horizon_seconds=params.horizon_s,
@@ -126,9 +122,9 @@ class Episode:
     def _seconds(self) -> float:
         return self._engine.clock_seconds - self._started_at
 
-    def run_interval(self, action: Sequence[float]) -> Interval:
+    def run_interval(self, action: Action) -> Interval:
         """Serves until the interval's time is up."""
-        proposed = self._policy.limits = self._scale.to_limits(action)
+        self._policy.act(action)
         until = self._engine.clock_seconds + self._params.decision_interval_s
         self._shielded_steps, self._binding = 0, Binding.NONE
         standstill = 0
@@ -136,13 +132,13 @@ class Episode:
             before = self._engine.clock_seconds
             self._submit_due()
             if self._engine.has_unfinished_requests():
-                self._step(proposed)
+                self._step()
             else:
                 self._idle(until)
             standstill = standstill + 1 if self._engine.clock_seconds <= before else 0
             if standstill > _MOST_STANDSTILL_STEPS:
                 raise RuntimeError(f"the engine's clock stands still at {before:g} s")
-        return self._report(proposed)
+        return self._report()
 
     def close_window(self) -> TelemetryWindow:
         """The telemetry since the last window."""
@@ -171,14 +167,14 @@ class Episode:
     def _waiting(self) -> int:
         return self._engine.snapshot().waiting
 
-    def _step(self, proposed: BatchLimits) -> None:
+    def _step(self) -> None:
         step = self._engine.step()
         self.ledger.stepped(step)
         self._open_ids.difference_update(step.finished)
         if step.record is not None:
             self._builder.add(step.record)
             self._binding = step.record.binding
-            if self._engine.applied_limits != proposed:
+            if self._engine.applied_limits != self._policy.proposed:
                 self._shielded_steps += 1
 
     def _idle(self, until: float) -> None:
@@ -187,8 +183,9 @@ class Episode:
         arrival = math.inf if planned is None else self._started_at + planned
         self._engine.wait_until(min(until, arrival))
 
-    def _report(self, proposed: BatchLimits) -> Interval:
+    def _report(self) -> Interval:
         now = self._engine.clock_seconds
+        proposed = self._policy.proposed or self._engine.facts.startup_limits
         steps = self._builder.steps
         return Interval(
             proposed=proposed,

@@ -90,7 +90,9 @@ class LiveBatchLimitsEnv(SteeredEngineEnv[LiveEnvParameters]):
         except BaseException:
             engine.close()
             raise
-        return OpenedEngine(engine, engine.model.vocab_size, engine.max_model_len, capacity)
+        return OpenedEngine(
+            engine, engine.model.vocab_size, engine.max_model_len, capacity, mean.output_tokens
+        )
 
     def _saturated(self, engine: LiveEngine) -> Iterator[EngineRequest]:
         """The workload's requests, without end."""

@@ -9,9 +9,13 @@ from __future__ import annotations
 import gymnasium
 
 VIRTUAL_ENV = "batchpilot/BatchLimits-v0"
+RANDOM_ENV = "batchpilot/RandomBatchLimits-v0"
 LIVE_ENV = "batchpilot/LiveBatchLimits-v0"
 
 gymnasium.register(VIRTUAL_ENV, entry_point="batchpilot.env.batch_limits_env:BatchLimitsEnv")
+gymnasium.register(
+    RANDOM_ENV, entry_point="batchpilot.env.random_batch_limits_env:RandomBatchLimitsEnv"
+)
 gymnasium.register(
     LIVE_ENV,
     entry_point="batchpilot.env.live_batch_limits_env:LiveBatchLimitsEnv",

@@ -1,17 +1,25 @@
-"""What an interval was worth: goodput, broken targets, work thrown away by preemption.
+"""What an interval was worth: requests inside their targets, and what it cost to serve them so.
 
 Reward of a decision interval, with the parts in `RewardTerms`:
 
-    reward = goodput_per_s / capacity_per_s - slo_weight * cost - preemption_weight * recomputed
+    reward = (inside - slo_weight * late) / expected - preemption_weight * recomputed
+             - shield_weight * shielded + (discount * potential - potential before) / expected
 
-- goodput: output tokens whose request was inside its targets when they came: its first token no
-  later than the TTFT target after its arrival, and the mean time per token since then (its TPOT so
-  far) within the ITL target. All tokens without targets.
-- capacity: output tokens per second that this engine can give on this workload's mean lengths when
+- inside, late: requests whose fate became known in the interval; each counts once. Late is who
+  waits for its first token beyond the TTFT target, and whose mean time per token since the first
+  (its TPOT) is beyond the ITL target at its end, or can no longer come back inside it.
+- expected: requests of the workload's mean lengths that this engine can finish in an interval when
   it never waits for requests, so that 1 is all the engine has, whatever the engine.
-- cost: share of the requests that gave a token, or were late with their first, in the interval,
-  whose newest token was outside the targets; 0 to 1. The cost signal of constrained learning.
 - recomputed: KV tokens that preemptions threw away, over those plus the tokens computed; 0 to 1.
+- shielded: share of the interval's engine steps in which the shield changed the proposal; 0 to 1.
+- potential: what the running requests promise: the share of its output each has, counted as 1 where
+  it is inside its targets so far and as -slo_weight where not. A request's worth thus comes as its
+  tokens do, not only at its end, and by the potential's form (Ng, Harada, Russell 1999) the best
+  policy stays the best.
+
+Counting fates, not tokens, keeps the reward aligned with the share of requests inside their targets
+where there are more requests than the engine can serve: tokens of a late request are worth nothing,
+and a request that waits is counted as late once, not in each interval that it waits.
 """
 
 from __future__ import annotations
@@ -31,19 +39,24 @@ class RewardTerms(NamedTuple):
     """The parts of a reward, as they enter it.
 
     Attributes:
-        goodput: Goodput per second over the engine's capacity; mostly 0 to 1.
-        slo_penalty: Weight times the share of late requests.
+        goodput: Requests inside their targets over those expected; mostly 0 to 1.
+        slo_penalty: Weight times late requests over those expected.
         preemption_penalty: Weight times the share of work thrown away.
+        shield_penalty: Weight times the share of engine steps that the shield changed.
+        shaping: What running requests promise now beyond what they promised before.
     """
 
     goodput: float
     slo_penalty: float
     preemption_penalty: float
+    shield_penalty: float
+    shaping: float
 
     @property
     def total(self) -> float:
         """The reward."""
-        return self.goodput - self.slo_penalty - self.preemption_penalty
+        penalties = self.slo_penalty + self.preemption_penalty + self.shield_penalty
+        return self.goodput - penalties + self.shaping
 
 
 class IntervalService(NamedTuple):
@@ -55,7 +68,11 @@ class IntervalService(NamedTuple):
         judged: Requests that gave a token, or were late with their first.
         late: Those of them outside their targets.
         completed: Requests that gave their last token.
-        completed_inside: Those of them inside their targets.
+        inside: Requests that ended inside their targets.
+        missed: Requests that became late for good; each is counted once.
+        on_track: Shares of their outputs that running requests have, where they are inside their
+            targets so far.
+        off_track: The same of those that are not, and could still come back inside.
     """
 
     tokens: int = 0
@@ -63,7 +80,10 @@ class IntervalService(NamedTuple):
     judged: int = 0
     late: int = 0
     completed: int = 0
-    completed_inside: int = 0
+    inside: int = 0
+    missed: int = 0
+    on_track: float = 0.0
+    off_track: float = 0.0
 
     @property
     def cost(self) -> float:
@@ -80,6 +100,7 @@ class _Served:
     tokens: int = 0
     first: float = 0.0
     on_time: bool = True
+    missed: bool = False
 
 
 class ServiceLedger:
@@ -96,7 +117,7 @@ class ServiceLedger:
         self._served: dict[str, _Served] = {}
         # Without a token yet, oldest first.
         self._before_first: dict[str, _Served] = {}
-        self.arrived = self.finished = self.inside = 0
+        self.arrived = self.finished = self.inside = self.missed = 0
         self._clear()
 
     @property
@@ -106,8 +127,12 @@ class ServiceLedger:
 
     @property
     def slo_attainment(self) -> float | None:
-        """Share of the requests finished so far that were inside their targets; None before."""
-        return self.inside / self.finished if self.finished else None
+        """Share inside their targets of the requests whose fate is known; None before the first.
+
+        A request that waits beyond its TTFT target is late before it has ended.
+        """
+        known = self.inside + self.missed
+        return self.inside / known if known else None
 
     def submitted(self, request_id: str, arrival_seconds: float, output_tokens: int) -> None:
         """A request arrived; its time on the engine's clock."""
@@ -139,24 +164,31 @@ class ServiceLedger:
         """Ends the interval at `now` on the engine's clock, and starts the next."""
         late = sum(not good for good in self._judged.values())
         overdue = self._overdue(now)
+        on_track, off_track = self._promises(now)
         service = IntervalService(
             tokens=self._tokens,
             good_tokens=self._good_tokens,
             judged=len(self._judged) + overdue,
             late=late + overdue,
             completed=self._completed,
-            completed_inside=self._completed_inside,
+            inside=self._inside,
+            missed=self._missed,
+            on_track=on_track,
+            off_track=off_track,
         )
         self._clear()
         return service
 
     def _clear(self) -> None:
-        self._tokens = self._good_tokens = self._completed = self._completed_inside = 0
+        self._tokens = self._good_tokens = self._completed = 0
+        self._inside = self._missed = 0
         self._judged: dict[str, bool] = {}
 
     def _first_token(self, request_id: str, served: _Served, now: float) -> None:
         served.first = now
         served.on_time = self._ttft is None or now - served.arrival <= self._ttft
+        if not served.on_time:
+            self._miss(served)
         del self._before_first[request_id]
 
     def _finish(self, request_id: str) -> None:
@@ -166,16 +198,53 @@ class ServiceLedger:
         self._completed += 1
         if served.tokens == served.output_tokens and self._judged.get(request_id, False):
             self.inside += 1
-            self._completed_inside += 1
+            self._inside += 1
+        else:
+            self._miss(served)
+
+    def _miss(self, served: _Served) -> None:
+        """Its fate is known: late. Only the first time counts."""
+        if not served.missed:
+            served.missed = True
+            self.missed += 1
+            self._missed += 1
+
+    def _promises(self, now: float) -> tuple[float, float]:
+        """Shares of outputs that running requests have, inside their targets so far or not."""
+        on_track = off_track = 0.0
+        for served in self._served.values():
+            if served.missed or not served.tokens:
+                continue
+            share = served.tokens / served.output_tokens
+            if self._is_lost(served, now):
+                self._miss(served)
+            elif self._in_pace(served, now):
+                on_track += share
+            else:
+                off_track += share
+        return on_track, off_track
+
+    def _in_pace(self, served: _Served, now: float) -> bool:
+        """Whether its tokens so far came inside the inter-token target."""
+        if self._itl is None or served.tokens < 2:
+            return True
+        return now - served.first <= self._itl * (served.tokens - 1)
+
+    def _is_lost(self, served: _Served, now: float) -> bool:
+        """Whether even all its remaining tokens at once would come too late."""
+        if self._itl is None or served.output_tokens < 2:
+            return False
+        return now - served.first > self._itl * (served.output_tokens - 1)
 
     def _overdue(self, now: float) -> int:
-        """Requests without a token that are past their TTFT target."""
+        """Requests without a token that are past their TTFT target, whose fate is known by that."""
         if self._ttft is None:
             return 0
         count = 0
         for served in self._before_first.values():
             if now - served.arrival <= self._ttft:
                 break  # the others arrived later
+            self._miss(served)
             count += 1
         return count
 

@@ -72,6 +72,10 @@ class VirtualEngineConfig(Parameters):
         0.0, minimum=0, maximum=1, help="relative standard deviation of a step's time"
     )
     seed: int = parameter(0, minimum=0, help="of the noise")
+    slow_factor: float = parameter(
+        1.0, above=0, help="multiplies every step's time from slow_at_s on, as a hot GPU does"
+    )
+    slow_at_s: float = parameter(0.0, minimum=0, help="virtual second from which on it is slow")
 
     def __post_init__(self) -> None:
         """Checks each value, then what must hold between them."""
@@ -249,7 +253,10 @@ class VirtualEngine(SteeredEngine):
         """How long the step just scheduled takes."""
         load = self._core.load
         seconds = self._seconds(load.decode_seqs, load.prefill_tokens, load.kv_tokens)
-        noise = self.config.noise
+        config = self.config
+        if self._clock >= config.slow_at_s:
+            seconds *= config.slow_factor
+        noise = config.noise
         if noise:
             # Lognormal with mean 1: never negative, and the mean step time stays.
             sigma = math.sqrt(math.log1p(noise * noise))

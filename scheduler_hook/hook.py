@@ -124,6 +124,11 @@ class Hook:
         return self._active
 
     @property
+    def policy(self) -> LimitPolicy | None:
+        """What decides before each step; None leaves the start-up limits."""
+        return self._policy
+
+    @property
     def facts(self) -> EngineFacts:
         """What does not change while the engine runs.
 

@@ -17,10 +17,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.agents.shadow import Agreement, ShadowedPolicy
 from batchpilot.scheduler_hook.hook import Hook, HookStats
 from batchpilot.scheduler_hook.settings import HookSettings
 
 if TYPE_CHECKING:
+    from batchpilot.scheduler_hook.remote_link import RemoteLink
+    from batchpilot.scheduler_hook.tuner_client import ClientStats, TunerClient
     from batchpilot.scheduler_hook.vllm_adapter import VllmAdapter
 
 logger = logging.getLogger("vllm.batchpilot")
@@ -44,6 +47,28 @@ COUNTERS = {
     "failures": ("exceptions in batchpilot's code; each ends the steering", None),
     "hook_seconds": ("time spent in batchpilot's code inside the scheduler", None),
 }
+#: The same in mode `remote`, of the session with the tuning service.
+REMOTE_GAUGES = {
+    "remote_connected": "1 while a stream to the tuning service is open and welcome",
+    "remote_lease_age_seconds": "time since the report was sent that the newest lease answers",
+    "remote_lease_remaining_seconds": "how much longer the lease in force runs, 0 without one",
+}
+REMOTE_COUNTERS = {
+    "remote_sessions": ("streams to the tuning service that were welcomed", None),
+    "remote_failures": ("streams and attempts that ended, by status", "code"),
+    "remote_leases": ("answers of the service: accepted, or why they were refused", "result"),
+    "remote_reports_sent": ("reports sent to the tuning service", None),
+    "remote_reports_dropped": ("reports dropped because the stream was slow or down", None),
+}
+#: The same of a policy that only watches.
+SHADOW_GAUGES = {
+    "shadow_active": "1 while the shadow decides beside the policy, 0 once it has failed",
+    "shadow_max_num_seqs": "sequence limit the shadow would have applied, 0 without one",
+    "shadow_max_num_batched_tokens": "token limit the shadow would have applied, 0 without one",
+}
+SHADOW_COUNTERS = {
+    "shadow_steps": ("steps the shadow decided on, by which of its limits differs", "agreement"),
+}
 
 
 class Metrics:
@@ -52,15 +77,29 @@ class Metrics:
     Args:
         model_name: Label `model_name`, as in vLLM's own metrics.
         engine_index: Label `engine`, the data-parallel rank.
+        client: The session with the tuning service, in mode `remote`.
+        shadow: The policy with another beside it, where one is set.
     """
 
-    def __init__(self, model_name: str, engine_index: int) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        engine_index: int,
+        client: TunerClient | None = None,
+        shadow: ShadowedPolicy | None = None,
+    ) -> None:
         """Creates every metric, in a registry of its own."""
         from prometheus_client import CollectorRegistry, Counter, Gauge
 
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": str(engine_index)}
+        self._client = client
+        self._shadow = shadow
         names = tuple(self._labels)
+        gauges = GAUGES if client is None else GAUGES | REMOTE_GAUGES
+        counters = COUNTERS if client is None else COUNTERS | REMOTE_COUNTERS
+        if shadow is not None:
+            gauges, counters = gauges | SHADOW_GAUGES, counters | SHADOW_COUNTERS
         self._gauges = {
             name: Gauge(
                 f"batchpilot_{name}",
@@ -69,7 +108,7 @@ class Metrics:
                 registry=self.registry,
                 multiprocess_mode="mostrecent",
             ).labels(**self._labels)
-            for name, text in GAUGES.items()
+            for name, text in gauges.items()
         }
         self._counters = {
             name: Counter(
@@ -78,7 +117,7 @@ class Metrics:
                 (*names, label) if label else names,
                 registry=self.registry,
             )
-            for name, (text, label) in COUNTERS.items()
+            for name, (text, label) in counters.items()
         }
         self._published: dict[tuple[str, str], float] = {}
 
@@ -98,6 +137,35 @@ class Metrics:
         for name, (_, label) in COUNTERS.items():
             for key, total in _series(hook.stats, name).items():
                 self._advance(name, label, key, total)
+        if self._client is not None:
+            self._publish_remote(self._client)
+        if self._shadow is not None:
+            self._publish_shadow(self._shadow)
+
+    def _publish_shadow(self, shadow: ShadowedPolicy) -> None:
+        limits = shadow.limits
+        values = {
+            "shadow_active": int(shadow.failure is None),
+            "shadow_max_num_seqs": limits.max_num_seqs if limits else 0,
+            "shadow_max_num_batched_tokens": limits.max_num_batched_tokens if limits else 0,
+        }
+        for name, value in values.items():
+            self._gauges[name].set(value)
+        for kind, total in list(shadow.agreement.items()):
+            self._advance("shadow_steps", "agreement", str(kind), total)
+
+    def _publish_remote(self, client: TunerClient) -> None:
+        now, lease = client.clock(), client.leases.current
+        values = {
+            "remote_connected": float(client.stats.connected),
+            "remote_lease_age_seconds": now - lease.sent_at if lease else 0.0,
+            "remote_lease_remaining_seconds": max(0.0, lease.expires_at - now) if lease else 0.0,
+        }
+        for name, value in values.items():
+            self._gauges[name].set(value)
+        for name, (_, label) in REMOTE_COUNTERS.items():
+            for key, total in _series(client.stats, name.removeprefix("remote_")).items():
+                self._advance(name, label, key, total)
 
     def _advance(self, name: str, label: str | None, key: str, total: float) -> None:
         more = total - self._published.get((name, key), 0.0)
@@ -106,7 +174,7 @@ class Metrics:
         self._published[name, key] = total
 
 
-def _series(stats: HookStats, name: str) -> Mapping[str, float]:
+def _series(stats: HookStats | ClientStats, name: str) -> Mapping[str, float]:
     """The running totals behind one counter, by label value ("" without a label)."""
     total = getattr(stats, name)
     # A copy in one step: the engine's thread may add a key meanwhile.
@@ -120,21 +188,31 @@ class Reporter:
         hook: What to report on.
         adapter: Names the model and the engine.
         settings: Where and how often.
+        link: The session with the tuning service, in mode `remote`.
 
     Raises:
         ConfigError: `metrics_port` cannot be opened.
     """
 
-    def __init__(self, hook: Hook, adapter: VllmAdapter, settings: HookSettings) -> None:
+    def __init__(
+        self,
+        hook: Hook,
+        adapter: VllmAdapter,
+        settings: HookSettings,
+        link: RemoteLink | None = None,
+    ) -> None:
         """Opens the metrics port, if one is set, and starts the thread."""
         self._hook = hook
         self._settings = settings
         self._metrics: Metrics | None = None
         self._server: Any = None
         self._logged_steps = 0
+        self._shadow = hook.policy if isinstance(hook.policy, ShadowedPolicy) else None
+        self._told_shadow_failure = False
         self._stop = threading.Event()
         if settings.metrics_port is not None or "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            self._metrics = Metrics(adapter.model_name, adapter.engine_index)
+            client = None if link is None else link.client
+            self._metrics = Metrics(adapter.model_name, adapter.engine_index, client, self._shadow)
             self._metrics.publish(hook)
         if settings.metrics_port is not None:
             self._open_port(settings.metrics_port + adapter.engine_index)
@@ -201,3 +279,30 @@ class Reporter:
             hook.binding,
             hook.stats.preemptions,
         )
+        if self._shadow is not None:
+            self._log_shadow(self._shadow)
+
+    def _log_shadow(self, shadow: ShadowedPolicy) -> None:
+        """What the shadow would have applied; once, why it ended."""
+        limits, decision = shadow.limits, shadow.decision
+        if shadow.failure is not None:
+            if not self._told_shadow_failure:
+                self._told_shadow_failure = True
+                logger.warning(
+                    "batchpilot: the shadow %s has failed and is left out from now on; the "
+                    "steering goes on (%s)",
+                    self._settings.shadow,
+                    shadow.failure,
+                )
+        elif limits is not None and decision is not None:
+            steps = sum(shadow.agreement.values())
+            logger.info(
+                "batchpilot: the shadow %s would have max_num_seqs %d (%s), "
+                "max_num_batched_tokens %d; the same limits in %.0f%% of %d steps",
+                self._settings.shadow,
+                limits.max_num_seqs,
+                decision.reason,
+                limits.max_num_batched_tokens,
+                100 * shadow.agreement[Agreement.SAME] / steps,
+                steps,
+            )

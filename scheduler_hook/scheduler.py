@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from batchpilot.scheduler_hook.hook import Hook
+from batchpilot.scheduler_hook.remote_link import EngineIdentity, RemoteLink, remote_link
 from batchpilot.scheduler_hook.report import Reporter
 from batchpilot.scheduler_hook.settings import HookSettings, read_settings
 from batchpilot.scheduler_hook.vllm_adapter import (
@@ -13,6 +14,7 @@ from batchpilot.scheduler_hook.vllm_adapter import (
     SyncScheduler,
     UnsupportedEngineError,
     adapt,
+    vllm_version,
 )
 
 logger = logging.getLogger("vllm.batchpilot")
@@ -47,6 +49,7 @@ class _Steered:
 
     batchpilot: Hook = Hook(None, None, passthrough_reason="the scheduler is still being built")
     _reporter: Reporter | None = None
+    _link: RemoteLink | None = None
 
     def steer(self, settings: HookSettings) -> None:
         """Attaches the hook, or a passthrough with the reason logged."""
@@ -56,13 +59,22 @@ class _Steered:
             self.batchpilot = Hook(None, None, passthrough_reason=str(error))
             logger.warning("batchpilot does not steer this engine: %s", error)
             return
+        policy = settings.build_policy()
+        if settings.mode == "remote":
+            identity = EngineIdentity(
+                adapter.facts, adapter.model_name, adapter.engine_index, vllm_version
+            )
+            self._link = remote_link(settings, identity, policy)
+            policy = self._link.policy
         self.batchpilot = Hook(
             adapter,
-            settings.build_policy(),
+            settings.with_shadow(policy),
             bounds=settings.bounds,
-            applies=settings.mode == "local",
+            applies=settings.mode in ("local", "remote"),
         )
-        self._reporter = Reporter(self.batchpilot, adapter, settings)
+        if self._link is not None:
+            self._link.policy.attach(self.batchpilot)
+        self._reporter = Reporter(self.batchpilot, adapter, settings, self._link)
         logger.info(
             "batchpilot: mode %s, policy %s, start-up limits max_num_seqs %d and "
             "max_num_batched_tokens %d, %d KV blocks of %d tokens",
@@ -94,7 +106,9 @@ class _Steered:
         return outputs
 
     def shutdown(self) -> None:
-        """Stops the reporter, then vLLM's scheduler."""
+        """Ends the session with the service and the reporter, then stops vLLM's scheduler."""
+        if self._link is not None:
+            self._link.client.close()
         if self._reporter is not None:
             self._reporter.close()
         super().shutdown()  # type: ignore[misc]

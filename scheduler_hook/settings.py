@@ -14,12 +14,14 @@ from typing import Any
 from batchpilot.agents.catalog import PolicySpec
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.shadow import ShadowedPolicy
 from batchpilot.agents.shield import SafetyBounds
+from batchpilot.scheduler_hook import tuner_channel
 
 CONFIG_KEY = "batchpilot"
 ENVIRONMENT_PREFIX = "BATCHPILOT_"
 #: Variables of other parts of batchpilot, which are not settings of the hook.
-OTHER_VARIABLES = frozenset({"BATCHPILOT_CACHE"})
+OTHER_VARIABLES = frozenset({"BATCHPILOT_CACHE", "BATCHPILOT_POLICIES"})
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class HookSettings(Parameters):
 
     mode: str = parameter(
         "local",
-        choices=("off", "observe", "local"),
-        help="off: stock vLLM; observe: decide and report, apply nothing; local: decide and apply",
+        choices=("off", "observe", "local", "remote"),
+        help="off: stock vLLM; observe: decide and report, apply nothing; local: decide and apply; "
+        "remote: apply what the tuning service says, and decide locally without it",
     )
     policy: str = parameter("memory-peak", help="name, or name:key=value:key=value")
     itl_slo_ms: float | None = parameter(None, above=0, help="inter-token latency target")
@@ -41,6 +44,9 @@ class HookSettings(Parameters):
     max_num_seqs: int | None = parameter(None, minimum=1, help="greatest sequence limit")
     min_prefill_chunk: int = parameter(
         64, minimum=1, help="prompt tokens a step always has room for beside its decodes"
+    )
+    shadow: str | None = parameter(
+        None, help="a policy that decides beside it and is only watched, written in the same way"
     )
     metrics_port: int | None = parameter(
         None,
@@ -55,6 +61,28 @@ class HookSettings(Parameters):
     allow_untested_vllm: bool = parameter(
         False, help="steer a vLLM version that batchpilot does not know, if its parts look right"
     )
+    service_targets: str = parameter(
+        "", help="the tuning service: HOST:PORT, dns:///HOST:PORT or unix:/PATH, comma-separated"
+    )
+    service_ca_file: str | None = parameter(
+        None, help="PEM certificates to check the service's by; without it there is no TLS"
+    )
+    service_cert_file: str | None = parameter(None, help="this engine's PEM certificate (mTLS)")
+    service_key_file: str | None = parameter(None, help="its PEM key")
+    service_token_file: str | None = parameter(None, help="file that holds a bearer token")
+    service_group: str = parameter("default", help="the engines this one shares a policy with")
+    service_engine: str | None = parameter(
+        None, help="this server's name in its group; HOSTNAME:PID if left out"
+    )
+    service_max_lease_seconds: float = parameter(
+        2.0, minimum=0.1, maximum=60, help="limits are dropped so long after the report they answer"
+    )
+    service_min_report_seconds: float = parameter(
+        0.1, minimum=0.02, help="reports are sent no more often, whatever the service asks"
+    )
+    service_max_report_seconds: float = parameter(
+        5.0, minimum=0.02, help="reports are sent no less often while the engine works"
+    )
 
     def __post_init__(self) -> None:
         """Checks every value, the policy's parameters included.
@@ -68,8 +96,15 @@ class HookSettings(Parameters):
                 f"max_num_seqs={self.max_num_seqs} must be at least min_num_seqs="
                 f"{self.min_num_seqs}"
             )
+        if self.service_max_report_seconds < self.service_min_report_seconds:
+            raise ConfigError(
+                f"service_max_report_seconds={self.service_max_report_seconds} must be at least "
+                f"service_min_report_seconds={self.service_min_report_seconds}"
+            )
         if self.mode != "off":
-            self.build_policy()
+            self.with_shadow(self.build_policy())
+        if self.mode == "remote":
+            tuner_channel.check(self)
 
     @property
     def bounds(self) -> SafetyBounds:
@@ -78,12 +113,21 @@ class HookSettings(Parameters):
 
     def build_policy(self) -> LimitPolicy:
         """A fresh policy with the shared targets filled in."""
+        return self._build(self.policy)
+
+    def with_shadow(self, policy: LimitPolicy) -> LimitPolicy:
+        """The policy with a fresh shadow beside it; the policy itself where none is set."""
+        if self.shadow is None:
+            return policy
+        return ShadowedPolicy(policy, self._build(self.shadow), self.bounds)
+
+    def _build(self, text: str) -> LimitPolicy:
         targets = {
             "itl_slo_ms": self.itl_slo_ms,
             "ttft_slo_ms": self.ttft_slo_ms,
             "memory_overflow_probability": self.memory_overflow_probability,
         }
-        return PolicySpec.parse(self.policy).build(targets)
+        return PolicySpec.parse(text).build(targets)
 
 
 def read_settings(

@@ -45,6 +45,7 @@ __all__ = [
     "UnsupportedEngineError",
     "VllmAdapter",
     "adapt",
+    "vllm_version",
 ]
 
 OLDEST, NEWEST = (0, 16), (0, 33)

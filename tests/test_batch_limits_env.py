@@ -27,6 +27,7 @@ SMALL: dict[str, Any] = {
     "kv_blocks": 64,
     "horizon_s": 3.0,
     "decision_interval_s": 0.5,
+    "action_design": "absolute",
 }
 ENV_ID = "batchpilot/BatchLimits-v0"
 HIGHEST = np.ones(2, np.float32)
@@ -60,16 +61,21 @@ def random_actions(seed: int, count: int = 100) -> Any:
     return np.random.default_rng(seed).uniform(-1, 1, (count, 2)).astype(np.float32)
 
 
+DESIGNS = ("absolute", "residual", "grid")
+
+
+@pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_gymnasium_accepts_it():
-    env = gymnasium.make(ENV_ID, **SMALL)
+def test_gymnasium_accepts_it(design: str):
+    env = gymnasium.make(ENV_ID, **{**SMALL, "action_design": design, "history": 2})
     check_gymnasium_env(env.unwrapped)
     env.close()
 
 
-def test_stable_baselines_accepts_it(make: Any):
+@pytest.mark.parametrize("design", DESIGNS)
+def test_stable_baselines_accepts_it(make: Any, design: str):
     check = pytest.importorskip("stable_baselines3.common.env_checker").check_env
-    check(make(), warn=True)
+    check(make(action_design=design, history=2), warn=True)
 
 
 def test_one_seed_is_one_episode(make: Any):
@@ -124,20 +130,84 @@ def test_the_shield_never_lets_running_requests_out(make: Any):
 
 
 def test_the_reward_is_the_sum_of_its_terms(make: Any):
-    env = make(arrivals="poisson:60", ttft_slo_ms=300, itl_slo_ms=25)
+    env = make(arrivals="poisson:60", ttft_slo_ms=300, itl_slo_ms=25, slo_weight=0.25)
     env.reset(seed=0)
-    seen_cost = False
+    inside = missed = 0
     for action in random_actions(4, 6):
         _, reward, _, _, info = env.step(action)
-        assert reward == (
-            info["reward_goodput"] - info["reward_slo_penalty"] - info["reward_preemption_penalty"]
+        penalties = (
+            info["reward_slo_penalty"]
+            + info["reward_preemption_penalty"]
+            + info["reward_shield_penalty"]
         )
-        assert info["reward_slo_penalty"] == 0.5 * info["cost"]
-        seen_cost |= info["cost"] > 0
+        assert reward == info["reward_goodput"] - penalties + info["reward_shaping"]
+        assert info["reward_shield_penalty"] == 0.1 * info["shielded_share"]
+        if info["inside"]:
+            ratio = info["missed"] / info["inside"]
+            assert info["reward_slo_penalty"] == pytest.approx(
+                0.25 * ratio * info["reward_goodput"]
+            )
+        inside, missed = inside + info["inside"], missed + info["missed"]
         assert 0 <= info["cost"] <= 1
-        assert 0 <= info["slo_attainment"] <= 1
+        assert info["slo_attainment"] == (inside / (inside + missed) if inside + missed else 1.0)
         assert info["goodput_tokens_per_s"] <= info["throughput_tokens_per_s"]
-    assert seen_cost
+    assert inside > 0 < missed
+
+
+@pytest.mark.parametrize("base", ["memory-peak", "memory+sla", "sla-guarded", "static"])
+def test_the_action_0_is_the_base_policy_itself(make: Any, base: str):
+    """In every engine step: as if the base steered alone."""
+    settings = {"arrivals": "gamma:40:2", "itl_slo_ms": 25, "base_policy": base}
+    directed = make(**settings, action_design="residual")
+    alone = make(**settings, action_design="residual")
+    limits = []
+    for env, replaced in ((directed, False), (alone, True)):
+        env.reset(seed=3)
+        if replaced:
+            env._opened.engine.set_policy(env.params.build_base_policy())
+        limits.append([env.step(np.zeros(2, np.float32))[4]["applied_limits"] for _ in range(6)])
+    assert limits[0] == limits[1]
+
+
+def test_residual_actions_shift_what_the_base_decides(make: Any):
+    env = make(action_design="residual", base_policy="static:max_num_seqs=4", tokens_span=4.0)
+    env.reset(seed=0)
+    asked = [env.step(np.array(a, np.float32))[4]["proposed_limits"] for a in ((1, -1), (-1, 0))]
+    assert asked == [
+        {"max_num_seqs": 8, "max_num_batched_tokens": 64},
+        {"max_num_seqs": 2, "max_num_batched_tokens": 256},
+    ]
+
+
+def test_grid_actions_are_numbers(make: Any):
+    env = make(action_design="grid", base_policy="static:max_num_seqs=4")
+    assert env.action_space == gymnasium.spaces.Discrete(28)
+    env.reset(seed=0)
+    *_, info = env.step(np.int64(env.params.actions.neutral))
+    assert info["proposed_limits"] == {"max_num_seqs": 4, "max_num_batched_tokens": 256}
+    with pytest.raises(ValueError, match="action=28 must be a whole number from 0 to 27"):
+        env.step(28)
+
+
+def test_history_puts_observations_side_by_side(make: Any):
+    env, plain = make(history=3), make()
+    (first, _), (seen, _) = env.reset(seed=0), plain.reset(seed=0)
+    assert first.tolist() == [*seen, *seen, *seen]
+    rows = [seen]
+    for action in random_actions(1, 4):
+        stacked = env.step(action)[0]
+        rows.append(plain.step(action)[0])
+    assert env.observation_space.contains(stacked)
+    assert stacked.tolist() == np.concatenate(rows[-3:]).tolist()
+
+
+def test_shaping_adds_up_to_nothing_over_an_episode_that_ends_empty(make: Any):
+    env = make(num_requests=20, arrivals="poisson:40", horizon_s=8.0, shaping_discount=1.0)
+    results = play(env, [HIGHEST] * 100, seed=0)[1:]
+    assert results[-1][4]["running"] == 0
+    shaping = [result[4]["reward_shaping"] for result in results]
+    assert max(shaping) > 0.05
+    assert sum(shaping) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_capacity_sets_the_scale_of_the_reward(make: Any):
@@ -145,7 +215,7 @@ def test_capacity_sets_the_scale_of_the_reward(make: Any):
     rewards = []
     for env in (plain, halved):
         env.reset(seed=1)
-        rewards.append(env.step(HIGHEST)[4]["reward_goodput"])
+        rewards.append(env.step(HIGHEST)[4]["reward_shaping"])
     assert rewards[0] == pytest.approx(2 * rewards[1])
     assert rewards[0] > 0
 
@@ -154,9 +224,12 @@ def test_the_capacity_is_about_what_saturation_gives(make: Any):
     env = make(
         workload="fixed:100:100", arrivals="saturated", itl_slo_ms=None, ttft_slo_ms=None,
         kv_blocks=2000, max_num_seqs=64, max_num_batched_tokens=2048, horizon_s=20.0,
+        shaping_discount=1.0,
     )  # fmt: skip
-    goodput = [result[4]["reward_goodput"] for result in play(env, [HIGHEST] * 100, seed=0)[1:]]
-    assert np.mean(goodput[10:]) == pytest.approx(1.0, abs=0.1)
+    results = [result[4] for result in play(env, [HIGHEST] * 100, seed=0)[1:]]
+    worth = sum(info["reward_goodput"] + info["reward_shaping"] for info in results[10:])
+    seconds = results[-1]["clock_s"] - results[9]["clock_s"]
+    assert worth * 0.5 / seconds == pytest.approx(1.0, abs=0.1)
 
 
 def test_more_sequences_serve_more_when_requests_queue(make: Any):
@@ -209,6 +282,9 @@ def test_rendering(make: Any):
         ({"horizon_s": 0}, "BatchLimits-v0: horizon_s=0.0 must be greater than 0"),
         ({"horizon_s": 0.1}, r"horizon_s=0\.1 must be at least decision_interval_s=0\.5"),
         ({"rate_spread": 0.5}, r"rate_spread=0\.5 must be at least 1"),
+        ({"action_design": "polar"}, "action_design='polar' is not one of: absolute, residual"),
+        ({"base_policy": "lucky"}, "unknown policy 'lucky'"),
+        ({"history": 0}, "history=0 must be at least 1"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], error: str):

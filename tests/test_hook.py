@@ -8,7 +8,7 @@ import logging
 import pytest
 from driving import Flapping, build_core, drive, random_requests
 
-from batchpilot.agents.catalog import POLICIES, PolicySpec
+from batchpilot.agents.catalog import SELF_CONTAINED, PolicySpec
 from batchpilot.agents.limits import BatchLimits, Binding, Decision, Source
 from batchpilot.env.engine import EngineRequest
 
@@ -87,7 +87,7 @@ def test_limits_flapping_at_random_lose_no_request_and_no_token(
 
 
 @SCHEDULING
-@pytest.mark.parametrize("name", [name for name in POLICIES])
+@pytest.mark.parametrize("name", SELF_CONTAINED)
 def test_every_policy_completes_every_request(name, async_scheduling):
     core = build_core(async_scheduling=async_scheduling)
     core.hook.set_policy(PolicySpec.parse(name).build({"itl_slo_ms": 0.5}))

@@ -33,7 +33,7 @@ def test_tokens_are_good_while_their_request_is_inside_its_targets():
     served.stepped(step(1.5, "quick", "late", finished=("quick",)))
     # quick's third token comes 0.5 s a token after its first; late's first after 1.5 s.
     assert served.close_interval(1.5) == IntervalService(
-        tokens=4, good_tokens=2, judged=2, late=2, completed=1, completed_inside=0
+        tokens=4, good_tokens=2, judged=2, late=2, completed=1, inside=0, missed=2
     )
 
 
@@ -42,11 +42,34 @@ def test_a_request_that_catches_up_is_inside_again():
     served.submitted("a", 0.0, 4)
     served.stepped(step(0.1, "a"))
     served.stepped(step(0.25, "a"))
-    assert served.close_interval(0.25).late == 1
+    behind = served.close_interval(0.25)
+    assert (behind.late, behind.missed, behind.on_track, behind.off_track) == (1, 0, 0.0, 0.5)
     served.stepped(step(0.26, "a"))
+    assert served.close_interval(0.26).on_track == 0.75
     served.stepped(step(0.27, "a", finished=("a",)))
-    assert served.close_interval(0.3) == IntervalService(2, 2, 1, 0, 1, 1)
+    assert served.close_interval(0.3) == IntervalService(
+        tokens=1, good_tokens=1, judged=1, completed=1, inside=1
+    )
     assert served.slo_attainment == 1.0
+
+
+def test_a_fate_is_known_once_and_for_all():
+    served = ledger()
+    for name in ("waits", "slow", "first late"):
+        served.submitted(name, 0.0, 4)
+    served.stepped(step(0.5, "slow"))
+    # 0.3 s is all that slow's three tokens may take after its first.
+    assert served.close_interval(0.9) == IntervalService(
+        tokens=1, good_tokens=1, judged=1, missed=1
+    )
+    served.stepped(step(1.5, "first late"))
+    assert served.close_interval(1.6).missed == 2
+    assert served.slo_attainment == 0.0
+    for clock in (1.7, 1.8):
+        served.stepped(step(clock, "waits", "slow", "first late"))
+    served.stepped(step(1.9, "waits", "slow", "first late", finished=("waits", "slow")))
+    assert served.close_interval(2.0).missed == 0
+    assert (served.inside, served.missed) == (0, 3)
 
 
 def test_whoever_waits_too_long_counts_each_interval():
@@ -54,7 +77,7 @@ def test_whoever_waits_too_long_counts_each_interval():
     served.submitted("a", 0.0, 1)
     served.submitted("b", 0.5, 1)
     assert served.close_interval(1.0).cost == 0.0
-    assert served.close_interval(1.2) == IntervalService(judged=1, late=1)
+    assert served.close_interval(1.2) == IntervalService(judged=1, late=1, missed=1)
     assert served.close_interval(1.6).late == 2
     assert served.unfinished == 2
 
@@ -64,7 +87,9 @@ def test_without_targets_everything_is_good():
     served.submitted("a", 0.0, 2)
     served.stepped(step(50.0, "a"))
     served.stepped(step(99.0, "a", finished=("a",)))
-    assert served.close_interval(99.0) == IntervalService(2, 2, 1, 0, 1, 1)
+    assert served.close_interval(99.0) == IntervalService(
+        tokens=2, good_tokens=2, judged=1, completed=1, inside=1
+    )
 
 
 def test_an_end_before_the_last_token_is_outside():
@@ -75,7 +100,7 @@ def test_an_end_before_the_last_token_is_outside():
 
 
 def test_the_total():
-    assert RewardTerms(0.75, 0.25, 0.125).total == 0.375
+    assert RewardTerms(0.75, 0.25, 0.125, 0.0625, -0.5).total == -0.1875
 
 
 def test_mean_lengths():

@@ -45,7 +45,8 @@ def test_off_needs_no_valid_policy():
     ("section", "environment", "message"),
     [
         ({"mod": "local"}, {}, "unknown key 'mod'; allowed: mode, policy, itl_slo_ms"),
-        ({"mode": "remote"}, {}, "mode='remote' is not one of: off, observe, local"),
+        ({"mode": "far"}, {}, "mode='far' is not one of: off, observe, local, remote"),
+        ({"mode": "remote"}, {}, "service_targets is required in mode remote"),
         ({"policy": "magic"}, {}, "unknown policy 'magic'; known: static, memory"),
         ({"policy": "memory:factor=1"}, {}, "policy 'memory': unknown key 'factor'"),
         ({"policy": "sla"}, {}, "policy 'sla': itl_slo_ms is required"),

@@ -27,6 +27,7 @@ from batchpilot.env.bench.plan import (
 )
 from batchpilot.env.bench.runner import BenchRun, Progress, run_one
 from batchpilot.env.bench.settings import BenchSettings
+from batchpilot.env.bench.sources import sources_digest
 from batchpilot.env.bench.store import RunStore, digest
 from batchpilot.env.cache import cache_folder
 from batchpilot.env.engine import Engine
@@ -59,7 +60,7 @@ class Cell:
 
     def name(self) -> str:
         """The digest of everything that decides what it gives."""
-        chosen = self.settings
+        chosen, shadow = self.settings, self.contestant.shadow
         # What is served, not how it was asked for: files and traces may change.
         served = repr(build_round_workload(chosen, self.round - 1).requests)
         return digest(
@@ -69,7 +70,9 @@ class Cell:
                 "noise": chosen.noise,
                 "requests": hashlib.sha256(served.encode()).hexdigest(),
                 "slo": asdict(chosen.slo),
-                "policy": self.contestant.label,
+                "policy": self.contestant.identity,
+                "sources": sources_digest(self.contestant.policy_name),
+                "shadow": None if shadow is None else [str(shadow), sources_digest(shadow.name)],
                 "seed": self.seed,
                 "vllm": vllm_version(),
             }

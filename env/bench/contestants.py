@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from batchpilot.agents.catalog import POLICIES, PolicySpec
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.shadow import ShadowedPolicy
 from batchpilot.env.engine import Engine
 
 WATERMARK = "watermark"
@@ -30,11 +31,23 @@ class Contestant:
         label: The text it was asked for by; names it in tables, files and plots.
         spec: Our policy, or None for stock vLLM.
         watermark: vLLM's own setting; 0 except for `watermark:SHARE`.
+        shadow: A policy that decides beside ours and is only watched.
     """
 
     label: str
     spec: PolicySpec | None = None
     watermark: float = 0.0
+    shadow: PolicySpec | None = None
+
+    @property
+    def identity(self) -> str:
+        """The label, and what it points to where that is a file: the same text, another policy.
+
+        Raises:
+            ConfigError: What it points to cannot be used.
+        """
+        content = "" if self.spec is None else self.spec.fingerprint()
+        return f"{self.label} {content}".strip()
 
     @classmethod
     def parse(cls, text: str) -> Contestant:
@@ -55,6 +68,11 @@ class Contestant:
         read = _Watermark.from_mapping(values, where=f"policy {label!r}")
         return cls(label, None, read.watermark)
 
+    @property
+    def policy_name(self) -> str | None:
+        """Our policy's name without its parameters; None for stock vLLM."""
+        return None if self.spec is None else self.spec.name
+
     def build(self, defaults: Mapping[str, Any]) -> LimitPolicy | None:
         """A fresh policy object, or None where vLLM is left alone.
 
@@ -62,23 +80,31 @@ class Contestant:
             ConfigError: Unknown policy or key, or a value that does not fit.
         """
         try:
-            return None if self.spec is None else self.spec.build(defaults)
+            policy = None if self.spec is None else self.spec.build(defaults)
+            if self.shadow is None or policy is None:
+                return policy
+            return ShadowedPolicy(policy, self.shadow.build(defaults))
         except ConfigError as error:
             if self.spec is not None and self.spec.name not in POLICIES:
                 raise ConfigError(f"{error}, {WATERMARK}:SHARE") from None
             raise
 
-    def steer(self, engine: Engine, defaults: Mapping[str, Any]) -> None:
-        """Puts a fresh policy in charge of the engine."""
-        engine.set_policy(self.build(defaults), watermark=self.watermark)
+    def steer(self, engine: Engine, defaults: Mapping[str, Any]) -> LimitPolicy | None:
+        """Puts a fresh policy in charge of the engine, and returns it."""
+        policy = self.build(defaults)
+        engine.set_policy(policy, watermark=self.watermark)
+        return policy
 
 
-def parse_contestants(text: str, defaults: Mapping[str, Any]) -> tuple[Contestant, ...]:
+def parse_contestants(
+    text: str, defaults: Mapping[str, Any], shadow: str | None = None
+) -> tuple[Contestant, ...]:
     """Reads a comma-separated list, and checks that every policy can be built.
 
     Args:
         text: Such as `static,watermark:0.05,memory:memory_factor=0.9`.
         defaults: Shared settings such as `itl_slo_ms`, for the policies that take them.
+        shadow: A policy that decides beside each of ours and is only watched.
 
     Raises:
         ConfigError: Malformed, unknown, or the same one twice.
@@ -88,6 +114,11 @@ def parse_contestants(text: str, defaults: Mapping[str, Any]) -> tuple[Contestan
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"policy {label!r} is given twice; use --rounds to repeat")
+    if shadow is not None:
+        spec = PolicySpec.parse(shadow)
+        contestants = tuple(replace(contestant, shadow=spec) for contestant in contestants)
+        if all(contestant.spec is None for contestant in contestants):
+            raise ConfigError(f"shadow={shadow!r} needs a policy of ours beside it in policies")
     for contestant in contestants:
         contestant.build(defaults)
     return contestants

@@ -188,11 +188,22 @@ def _draw_sequences(
     axis.fill_between(seconds, running, step="pre", color=colours.of(row), alpha=0.28, linewidth=0)
     axis.plot(seconds, running, drawstyle="steps-pre", color=colours.of(row), linewidth=1.1)
     axis.plot(seconds, limit, drawstyle="steps-pre", color=colours.ink, linewidth=1.3)
+    shadow = [s.shadow.max_num_seqs if s.shadow else np.nan for s in samples]
+    if any(sample.shadow for sample in samples):
+        axis.plot(
+            seconds,
+            shadow,
+            drawstyle="steps-pre",
+            color=colours.alarm,
+            linewidth=1.2,
+            linestyle=DASHES[1],
+        )
     axis.set_ylim(0, top)
     axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axis.set_ylabel("sequences", color=colours.muted, fontsize=8)
     if row == 0:
-        _key(axis, "area: running · line: limit", colours)
+        beside = " · dashed: the shadow's" if any(sample.shadow for sample in samples) else ""
+        _key(axis, f"area: running · line: limit{beside}", colours)
     if limit and min(limit) > top:
         shown = f"{min(limit)}" if min(limit) == max(limit) else f"{min(limit)}-{max(limit)}"
         _note(axis, f"limit {shown}, above the scale", colours.ink, 0.97)

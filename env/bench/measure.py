@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from batchpilot.agents.features import LatencyTargets
 from batchpilot.agents.limits import BatchLimits
+from batchpilot.agents.shadow import ShadowedPolicy
 from batchpilot.env.engine import Engine, EngineStep
 
 Milliseconds = NDArray[np.float64]
@@ -72,6 +73,7 @@ class Sample(NamedTuple):
         limits: Limits the newest step was scheduled under.
         kv_cache_usage: Share of the KV blocks in use, 0 to 1.
         preemptions: Preemptions so far in the run.
+        shadow: Limits that a policy which is only watched would have applied.
     """
 
     seconds: float
@@ -80,6 +82,7 @@ class Sample(NamedTuple):
     limits: BatchLimits
     kv_cache_usage: float
     preemptions: int
+    shadow: BatchLimits | None = None
 
 
 @dataclass(slots=True)
@@ -178,8 +181,15 @@ class RunMeasurement:
 class RunRecorder:
     """Follows one run on one engine and sums it up."""
 
-    def __init__(self, engine: Engine, slo: Slo) -> None:
-        """Starts the run's clock."""
+    def __init__(self, engine: Engine, slo: Slo, shadow: ShadowedPolicy | None = None) -> None:
+        """Starts the run's clock.
+
+        Args:
+            engine: What is followed.
+            slo: The targets.
+            shadow: The policy that steers, where another decides beside it.
+        """
+        self._shadow = shadow
         self._engine = engine
         self._slo = slo
         self.start_seconds = engine.clock_seconds
@@ -209,6 +219,31 @@ class RunRecorder:
     def unfinished(self) -> list[str]:
         """Ids of the requests that have not ended."""
         return [request_id for request_id, trace in self._traces.items() if not trace.ended]
+
+    def surely_outside(self) -> int:
+        """Requests that will not be inside the targets, whatever happens from now on."""
+        now = self._engine.clock_seconds
+        return sum(not self._may_be_inside(trace, now) for trace in self._traces.values())
+
+    def inside_by_arrival(self) -> list[tuple[float, bool]]:
+        """Of each request: when it arrived, in seconds of the run, and whether it is inside."""
+        return [
+            (
+                trace.arrival - self.start_seconds,
+                trace.completed and self._slo.met_by(ttft_ms=trace.ttft_ms, tpot_ms=trace.tpot_ms),
+            )
+            for trace in self._traces.values()
+        ]
+
+    def _may_be_inside(self, trace: _RequestTrace, now: float) -> bool:
+        """Whether a request could still meet the targets if all its tokens came at once now."""
+        if trace.ended and not trace.completed:
+            return False
+        first = trace.first if trace.tokens else now
+        last = trace.last if trace.ended else now
+        gaps = trace.output_tokens - 1
+        tpot_ms = (last - first) * 1e3 / gaps if gaps else None
+        return self._slo.met_by(ttft_ms=(first - trace.arrival) * 1e3, tpot_ms=tpot_ms)
 
     def stepped(self, step: EngineStep) -> Sample:
         """Takes in what a step brought; returns the sample it added to the timeline."""
@@ -276,6 +311,7 @@ class RunRecorder:
             usage = step.record.kv_tokens / self._engine.facts.kv_capacity_tokens
         now = step.clock_seconds - self.start_seconds
         limits = self._engine.applied_limits
+        shadow = None if self._shadow is None else self._shadow.limits
         if self._idle_until is not None:
             idle = Sample(
                 self._idle_until,
@@ -284,9 +320,10 @@ class RunRecorder:
                 limits,
                 0.0,
                 self._samples[-1].preemptions if self._samples else 0,
+                shadow,
             )
             self._samples.append(idle)
             self._idle_until = None
-        sample = Sample(now, running, snapshot.waiting, limits, usage, self._preemptions)
+        sample = Sample(now, running, snapshot.waiting, limits, usage, self._preemptions, shadow)
         self._samples.append(sample)
         return sample

@@ -23,7 +23,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from batchpilot.agents.catalog import POLICIES, PolicySpec
+from batchpilot.agents.catalog import SELF_CONTAINED, PolicySpec
+from batchpilot.agents.shadow import ShadowedPolicy
 from batchpilot.env.engine import EngineRequest
 from batchpilot.env.models import tiny_model_path
 from batchpilot.env.scheduler_core import SchedulerCore, SchedulerCoreConfig
@@ -97,9 +98,22 @@ class SaturatedScheduler:
             self.core.add_request(EngineRequest(str(next(self._ids)), prompt, output))
 
 
-def measure(scheduler: SaturatedScheduler, policy: str, steps: int) -> Overhead:
-    """Runs one policy for `steps` steps, after as many to settle."""
-    scheduler.core.hook.set_policy(PolicySpec.parse(policy).build(TARGETS))
+def measure(
+    scheduler: SaturatedScheduler, policy: str, steps: int, shadow: str | None = None
+) -> Overhead:
+    """Runs one policy for `steps` steps, after as many to settle.
+
+    Args:
+        scheduler: Saturated.
+        policy: Steers, as a policy is asked for.
+        steps: Measured.
+        shadow: Decides beside it, where one does.
+    """
+    built = PolicySpec.parse(policy).build(TARGETS)
+    if shadow is not None:
+        built = ShadowedPolicy(built, PolicySpec.parse(shadow).build(TARGETS))
+        policy = f"{policy}, shadow {shadow}"
+    scheduler.core.hook.set_policy(built)
     scheduler.steps(steps)
     gc.collect()
     ours, theirs = scheduler.steps(steps)
@@ -147,13 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--running", type=int, nargs="+", default=[1, 64, 256], metavar="N")
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), metavar="POLICY")
+    parser.add_argument("--policies", nargs="+", default=list(SELF_CONTAINED), metavar="POLICY")
+    parser.add_argument("--shadow", metavar="POLICY", help="decides beside each, only watched")
     parser.add_argument("--steps", type=int, default=1500, help="steps measured (default 1500)")
     args = parser.parse_args(argv)
     rows = []
     for running in args.running:
         scheduler = SaturatedScheduler(running)
-        rows += [measure(scheduler, policy, args.steps) for policy in args.policies]
+        rows += [measure(scheduler, policy, args.steps, args.shadow) for policy in args.policies]
     print_table(rows)
     return 0
 

@@ -78,7 +78,7 @@ def prepare(settings: BenchSettings) -> BenchPlan:
     """
     slo = settings.slo
     defaults = {"itl_slo_ms": slo.itl_slo_ms, "ttft_slo_ms": slo.ttft_slo_ms}
-    contestants = parse_contestants(settings.policies, defaults)
+    contestants = parse_contestants(settings.policies, defaults, settings.shadow)
     workloads = [build_round_workload(settings, index) for index in range(settings.rounds)]
     model, kv_blocks, block_size = _target(settings)
     max_model_len = longest_that_fits(model, kv_blocks, block_size)

@@ -98,6 +98,13 @@ def run_to_json(run: BenchRun) -> dict[str, Any]:
 def timeline_to_json(samples: Sequence[Sample]) -> dict[str, list[float]]:
     """The samples in columns, thinned to what a plot can show."""
     kept = thin(samples, TIMELINE_POINTS)
+    beside = [sample.shadow for sample in kept]
+    shadow: dict[str, list[float]] = {}
+    if any(beside):  # where it has failed, zero
+        shadow["shadow_max_num_seqs"] = [s.max_num_seqs if s else 0 for s in beside]
+        shadow["shadow_max_num_batched_tokens"] = [
+            s.max_num_batched_tokens if s else 0 for s in beside
+        ]
     return {
         "t_s": [round(sample.seconds, 4) for sample in kept],
         "running": [sample.running for sample in kept],
@@ -106,6 +113,7 @@ def timeline_to_json(samples: Sequence[Sample]) -> dict[str, list[float]]:
         "max_num_batched_tokens": [sample.limits.max_num_batched_tokens for sample in kept],
         "kv_cache_usage": [round(sample.kv_cache_usage, 4) for sample in kept],
         "preemptions": [sample.preemptions for sample in kept],
+        **shadow,
     }
 
 

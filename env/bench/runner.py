@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.shadow import ShadowedPolicy
 from batchpilot.env.bench.contestants import Contestant
 from batchpilot.env.bench.measure import RunMeasurement, RunRecorder, Sample, Slo
-from batchpilot.env.engine import Engine, EngineRequest
+from batchpilot.env.engine import Engine, EngineRequest, EngineStep
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,6 +72,13 @@ class Progress(Protocol):
 
     def run_finished(self, run: BenchRun) -> None:
         """A run that counts has ended."""
+
+
+class Watcher(Protocol):
+    """Follows a run step by step, and may end it."""
+
+    def stepped(self, recorder: RunRecorder, step: EngineStep) -> bool:
+        """A step was taken in; True ends the run here, its open requests aborted."""
 
 
 def run_bench(
@@ -136,13 +145,18 @@ def run_one(
         EngineStalledError: The engine stopped making progress.
     """
     engine.reset()
-    contestant.steer(engine, defaults)
+    policy = contestant.steer(engine, defaults)
     # Rubbish of the last run is collected here, not in the middle of this one.
     gc.collect()
     try:
-        return replay(engine, current.requests, slo, progress)
+        return replay(engine, current.requests, slo, progress, shadow=shadow_of(policy))
     finally:
         engine.set_policy(None)
+
+
+def shadow_of(policy: LimitPolicy | None) -> ShadowedPolicy | None:
+    """The policy where another decides beside it."""
+    return policy if isinstance(policy, ShadowedPolicy) else None
 
 
 def replay(
@@ -150,30 +164,33 @@ def replay(
     requests: Sequence[TimedRequest],
     slo: Slo,
     progress: Progress,
+    watcher: Watcher | None = None,
+    shadow: ShadowedPolicy | None = None,
 ) -> RunMeasurement:
     """Serves the requests at their times until all have ended.
 
-    Whatever ends it early (Ctrl-C, a fault) first has its open requests aborted.
+    Whatever ends it early (Ctrl-C, a fault, the watcher) first has its open requests aborted.
 
     Raises:
         EngineStalledError: No token, prefill or end for a minute of the engine's time.
     """
-    recorder = RunRecorder(engine, slo)
+    recorder = RunRecorder(engine, slo, shadow)
     pending = deque(sorted(requests, key=lambda timed: timed.arrival_seconds))
     watch = _Watch(engine.clock_seconds)
     try:
         while pending or engine.has_unfinished_requests():
             _submit_due(engine, pending, recorder)
             if engine.has_unfinished_requests():
-                _step(engine, recorder, watch, progress)
+                step = _step(engine, recorder, watch, progress)
+                if watcher is not None and watcher.stepped(recorder, step):
+                    break
             elif pending:
                 engine.wait_until(recorder.due_seconds(pending[0].arrival_seconds))
                 recorder.idled()
                 watch.progressed(engine.clock_seconds)
-    except BaseException:
+    finally:
         for request_id in recorder.unfinished():
             engine.abort_request(request_id)
-        raise
     return recorder.result()
 
 
@@ -190,7 +207,7 @@ def _submit_due(engine: Engine, pending: deque[TimedRequest], recorder: RunRecor
             recorder.refused(request.request_id)
 
 
-def _step(engine: Engine, recorder: RunRecorder, watch: _Watch, progress: Progress) -> None:
+def _step(engine: Engine, recorder: RunRecorder, watch: _Watch, progress: Progress) -> EngineStep:
     """One engine step, measured, watched and now and then shown."""
     step = engine.step()
     sample = recorder.stepped(step)
@@ -202,6 +219,7 @@ def _step(engine: Engine, recorder: RunRecorder, watch: _Watch, progress: Progre
     if watch.shall_report(step.clock_seconds):
         rate = recorder.output_tokens / sample.seconds if sample.seconds > 0 else 0.0
         progress.advanced(recorder.ended, rate, sample)
+    return step
 
 
 class _Watch:

@@ -53,6 +53,11 @@ class BenchSettings(Parameters):
     policies: str = parameter(
         "static,watermark:0.05,memory", help="comma-separated; the first is the reference"
     )
+    shadow: str | None = parameter(
+        None,
+        help="a policy that decides beside each of ours and is only watched; its limits are drawn "
+        "dashed",
+    )
     workload: str = parameter(
         "chat",
         help="chat, fixed:KEY=VALUE:..., lognormal:KEY=VALUE:..., or a CSV file with the columns "

@@ -1,8 +1,9 @@
 """Finished runs on disk, so that a bench that was interrupted goes on where it stopped.
 
 A run is kept under the digest of everything that decides it: its settings, the profile, the
-workload file, and batchpilot's own sources. What is found under that name is what would come out
-again, for a virtual engine repeats itself exactly. Files are plain arrays; nothing is unpickled.
+requests, and those of batchpilot's own sources that it goes through. What is found under that name
+is what would come out again, for a virtual engine repeats itself exactly. Files are plain arrays;
+nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import json
 import logging
 import zipfile
 from collections.abc import Mapping
-from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +37,13 @@ _NUMBERS = (
     "slo_is_set",
 )
 _ARRAYS = ("itl_ms", "tpot_ms", "ttft_ms")
-_SOURCE_FOLDERS = ("agents", "env", "scheduler_hook")
+_COLUMNS = ("seconds", "counts", "limits", "usage", "shadow")
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """The name of what these JSON values decide, under this version of batchpilot."""
-    text = json.dumps({**values, "sources": sources_digest()}, sort_keys=True)
+    """The name of what these JSON values decide."""
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-@lru_cache(maxsize=1)
-def sources_digest() -> str:
-    """One name for all of batchpilot's code that a run goes through."""
-    sha = hashlib.sha256()
-    for folder in _SOURCE_FOLDERS:
-        root = Path(str(resources.files("batchpilot") / folder))
-        for path in sorted(root.rglob("*.py")):
-            sha.update(path.relative_to(root).as_posix().encode())
-            sha.update(path.read_bytes())
-    return sha.hexdigest()
 
 
 class RunStore:
@@ -107,17 +94,24 @@ def _to_arrays(measured: RunMeasurement) -> dict[str, Any]:
         "usage": np.array([sample.kv_cache_usage for sample in samples]),
         "limits": np.array(limits, dtype=np.int64).reshape(-1, 2),
         "counts": np.array(counts, dtype=np.int64).reshape(-1, 3),
+        "shadow": np.array([_pair(s.shadow) for s in samples], dtype=np.int64).reshape(-1, 2),
     }
+
+
+def _pair(limits: BatchLimits | None) -> tuple[int, int]:
+    """A pair of limits as numbers; zeros, which no engine has, where there is none."""
+    return (limits.max_num_seqs, limits.max_num_batched_tokens) if limits else (0, 0)
 
 
 def _from_arrays(content: Mapping[str, Any]) -> RunMeasurement:
     known: dict[tuple[int, int], BatchLimits] = {}
     samples = []
-    columns = (content["seconds"], content["counts"], content["limits"], content["usage"])
-    for seconds, counts, pair, usage in zip(*(c.tolist() for c in columns), strict=True):
+    columns = [content[name].tolist() for name in _COLUMNS]
+    for seconds, counts, pair, usage, beside in zip(*columns, strict=True):
         running, waiting, preemptions = counts
         limits = known.setdefault(tuple(pair), BatchLimits(*pair))
-        samples.append(Sample(seconds, running, waiting, limits, usage, preemptions))
+        shadow = known.setdefault(tuple(beside), BatchLimits(*beside)) if beside[0] else None
+        samples.append(Sample(seconds, running, waiting, limits, usage, preemptions, shadow))
     numbers = {name: content[name].item() for name in _NUMBERS}
     arrays = {name: content[name] for name in _ARRAYS}
     return RunMeasurement(**numbers, **arrays, timeline=tuple(samples))

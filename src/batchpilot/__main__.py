@@ -34,10 +34,25 @@ COMMANDS = {
         "env",
         "run one workload under several policies and compare them",
     ),
+    "policies": Command(
+        "batchpilot.env.gate.cli",
+        "env",
+        "list, verify, promote and roll back trained policies",
+    ),
     "calibrate": Command(
         "batchpilot.env.calibrate.cli",
         "env",
         "measure an engine's step times and write a GPU profile",
+    ),
+    "serve": Command(
+        "batchpilot.service.cli",
+        "service",
+        "serve limits to a fleet of engines over gRPC",
+    ),
+    "train": Command(
+        "batchpilot.agents.training.cli",
+        "train",
+        "train an agent that steers both limits, and export it",
     ),
 }
 

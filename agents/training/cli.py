@@ -1,0 +1,226 @@
+"""Train an agent that steers both batch limits, and export it as an ONNX policy.
+
+An agent sees a second of telemetry, and shifts the limits that a base policy decides: doing nothing
+is the base policy. It trains on vLLM's own scheduler on virtual GPUs, with another GPU, load and
+latency targets in each episode (`--env random`), on one of them (`virtual`), or on a real vLLM in
+this process (`live`). Everything that comes of it lies in one folder: configuration, checkpoints,
+curves, evaluation on held-out seeds beside the baselines, and the policy.
+
+Ctrl-C saves at the end of the running rollout and stops; `--resume FOLDER` goes on exactly there. A
+second Ctrl-C stops at once, and the newest checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from batchpilot.agents.parameters import ConfigError
+from batchpilot.agents.training.curves import plot_curves
+from batchpilot.agents.training.evaluation import EVALUATION_SEED, Evaluation
+from batchpilot.agents.training.export import export_policy
+from batchpilot.agents.training.progress import show_progress
+from batchpilot.agents.training.recipes import ENV_IDS, build_vector
+from batchpilot.agents.training.run_config import (
+    RunConfig,
+    RunSettings,
+    family_names,
+    make_run_config,
+)
+from batchpilot.agents.training.run_folder import RunFolder
+from batchpilot.agents.training.trainer import TrainingResult, compare, load_trained, train
+from batchpilot.agents.training.tune import TuneSettings, tune
+from batchpilot.env.bench.settings import option
+
+EXIT_INTERRUPTED = 130
+PLAIN_WIDTH = 110
+#: The seeds of the last comparison; those of evaluations during training chose the best model.
+TEST_SEED = 2 * EVALUATION_SEED
+
+EXAMPLES = f"""\
+algorithms: ppo, recurrent_ppo, sac, tqc (residual or absolute actions), dqn, qrdqn (grid)
+bundled files for --config: {", ".join(family_names())}
+
+examples:
+  batchpilot train --timesteps 200000 --out results/run
+  batchpilot train --config demo --timesteps 12000 --out results/demo-agent
+  batchpilot train --resume results/run --timesteps 400000
+  batchpilot train --algo qrdqn --n-envs 4 --workers 2 --timesteps 100000 --out results/grid
+  batchpilot train --config demo --tune --tune-trials 8 --timesteps 4000 --out results/tuned
+  batchpilot train --env live --warm-start experience/ --timesteps 2000 --out results/live
+
+see it learn: tensorboard --logdir results/run
+use it: batchpilot bench --engine virtual --profile llama-3.1-8b-rtx4090 --workload sharegpt \\
+          --arrivals poisson:4 --itl-slo-ms 40 --policies predictive,learned:results/run/policy"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds every option; values are checked by the classes that take them."""
+    for item in fields(RunSettings):
+        text = str(item.metadata["help"])
+        parser.add_argument(option(item.name), metavar="X", help=text)
+    parser.add_argument("--out", metavar="DIR", help="the run's folder; made here")
+    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    parser.add_argument("--config", metavar="FILE", help="a YAML file, or a bundled one's name")
+    parser.add_argument("--env", choices=tuple(ENV_IDS), help="what to train on")
+    parser.add_argument("--action-design", metavar="X", help="residual, absolute or grid")
+    parser.add_argument("--base-policy", metavar="X", help="what residual actions shift")
+    parser.add_argument("--history", metavar="X", type=int, help="observations seen at once")
+    parser.add_argument("--horizon-s", metavar="X", type=float, help="engine time of an episode")
+    parser.add_argument("--warm-start", metavar="PATH", help="experience log to imitate first")
+    parser.add_argument("--test-episodes", type=int, default=20, metavar="X",
+                        help="held-out episodes of the last comparison (default: 20)")  # fmt: skip
+    parser.add_argument("--name", default="agent", help="of the exported policy")
+    parser.add_argument("--tune", action="store_true", help="search hyperparameters first")
+    for item in fields(TuneSettings):
+        text = f"{item.metadata['help']} (default: {item.default})"
+        parser.add_argument(option(f"tune_{item.name}"), metavar="X", help=text)
+    parser.epilog = EXAMPLES
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, compares and exports; returns the exit status.
+
+    Raises:
+        ConfigError: A setting that cannot be used; nothing has been written.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    console = Console(stderr=True)
+    folder, config = _prepare(args)
+    if args.tune:
+        config = _tuned(args, folder, config, console)
+    with show_progress(console, config.run.timesteps) as progress:
+        experience = Path(args.warm_start) if args.warm_start else None
+        result = train(config, folder, progress, resume=bool(args.resume), experience=experience)
+    if not result.finished:
+        print(f"stopped at {result.steps} steps; go on: batchpilot train --resume {folder.path}",
+              file=sys.stderr)  # fmt: skip
+        return EXIT_INTERRUPTED
+    finish(config, folder, result, episodes=args.test_episodes, name=args.name)
+    return 0
+
+
+def finish(
+    config: RunConfig, folder: RunFolder, result: TrainingResult, *, episodes: int, name: str
+) -> list[Evaluation]:
+    """Compares the best model with the baselines, plots, exports and prints.
+
+    Returns:
+        The agent's evaluation, then the baselines'.
+    """
+    best = folder.path / "best" / "model.zip"
+    compared = compare(config, best, config.baselines, episodes, TEST_SEED)
+    figures = {item.label: item.figures() for item in compared}
+    folder.write_json("evaluation.json", {"first_seed": TEST_SEED, "figures": figures})
+    plot_curves(
+        folder,
+        {item.label: item.mean("slo_attainment") for item in compared[1:]},
+        folder.path / "curves.png",
+    )
+    policy = folder.path / "policy"
+    if config.recipe.kind != "live" or not policy.exists():
+        _export(config, folder, result, best, figures["agent"], name)
+    print_comparison(compared, result.steps)
+    print(f"policy: {policy}  curves: {folder.path / 'curves.png'}", file=sys.stderr)
+    return compared
+
+
+def print_comparison(compared: Sequence[Evaluation], steps: int) -> None:
+    """Prints the table of the last comparison."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH)
+    count = len(compared[0].episodes)
+    table = Table(title=f"{count} held-out episodes, agent after {steps:,} steps",
+                  title_justify="left")  # fmt: skip
+    columns = ("policy", "in target", "episode mean", "goodput/s", "reward", "tokens/s", "shielded")
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for item in compared:
+        table.add_row(
+            item.label,
+            f"{item.pooled_attainment:.1%}",
+            f"{item.mean('slo_attainment'):.1%}",
+            f"{item.mean('goodput_per_s'):.3f}",
+            f"{item.mean('reward'):.2f}",
+            f"{item.mean('tokens_per_s'):.0f}",
+            f"{item.mean('shielded_share'):.1%}",
+        )
+    console.print(table)
+
+
+def _prepare(args: argparse.Namespace) -> tuple[RunFolder, RunConfig]:
+    """The run's folder and configuration, new or found."""
+    if args.resume:
+        return _resumed(args)
+    if not args.out:
+        raise ConfigError("--out DIR is required (or --resume DIR)")
+    given = {item.name: getattr(args, item.name) for item in fields(RunSettings)}
+    names = ("env", "action_design", "base_policy", "history", "horizon_s")
+    config = make_run_config(given, args.config, {name: getattr(args, name) for name in names})
+    config.recipe.build().close()  # refuses bad settings before anything is written
+    folder = RunFolder(Path(args.out))
+    folder.create(config)
+    folder.note_command()
+    return folder, config
+
+
+def _resumed(args: argparse.Namespace) -> tuple[RunFolder, RunConfig]:
+    folder = RunFolder(Path(args.resume))
+    config = folder.read_config()
+    for item in fields(RunSettings):
+        if item.name not in ("timesteps", "workers") and getattr(args, item.name) is not None:
+            raise ConfigError(f"{option(item.name)} cannot change when a run goes on")
+    changed: dict[str, Any] = {
+        name: int(value)
+        for name in ("timesteps", "workers")
+        if (value := getattr(args, name)) is not None
+    }
+    config = replace(config, run=replace(config.run, **changed))
+    folder.write_config(config)
+    folder.note_command()
+    return folder, config
+
+
+def _tuned(
+    args: argparse.Namespace, folder: RunFolder, config: RunConfig, console: Console
+) -> RunConfig:
+    names = {item.name: getattr(args, f"tune_{item.name}") for item in fields(TuneSettings)}
+    settings = TuneSettings(**{key: value for key, value in names.items() if value is not None})
+    with show_progress(console, settings.trials) as progress:
+        config = tune(config, settings, folder, progress)
+    folder.write_config(config)
+    return config
+
+
+def _export(
+    config: RunConfig,
+    folder: RunFolder,
+    result: TrainingResult,
+    best: Path,
+    figures: dict[str, Any],
+    name: str,
+) -> None:
+    vector = build_vector(config.recipe, 1)
+    try:
+        model = load_trained(config, best, vector)
+        version = str(result.steps)
+        export_policy(
+            model,
+            config,
+            folder.fresh_policy(),
+            name=name,
+            version=version,
+            steps=result.steps,
+            evaluation=figures,
+        )
+    finally:
+        vector.close()

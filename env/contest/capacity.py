@@ -1,0 +1,204 @@
+"""Capacity under targets, and latency at one load that is common to all.
+
+Capacity of a contestant on a seed is the highest rung of the scenario's ladder at which the share
+of requests inside the targets is at least the attainment asked for; of a contestant, the median
+over seeds. The common load is the median rung of the best static pair, so that at least one setting
+that an operator could have chosen holds the targets there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from batchpilot.env.contest.crew import Crew
+from batchpilot.env.contest.ladder import LOWEST, highest_kept, rate_scale
+from batchpilot.env.contest.lineup import DEFAULT, OURS, contestant, is_static, slo_lineup
+from batchpilot.env.contest.scenario import Scenario
+from batchpilot.env.contest.settings import ContestSettings
+from batchpilot.env.contest.summary import Spread, median_of, spread
+from batchpilot.env.contest.trial import Outcome, OutcomeStore, Trial, run_stored
+
+#: Where the search for vLLM's default begins; the others begin at its result.
+_DEFAULT_START = -4
+#: Where a search begins whose default kept nothing.
+_LOST_START = -24
+
+
+@dataclass(frozen=True)
+class CapacityRow:
+    """A contestant in a scenario.
+
+    Attributes:
+        policy: Its label.
+        rates_per_s: Capacity on each seed, 0 where it kept no rate.
+        common: Its outcomes at the common load, by seed; empty where that was not run.
+    """
+
+    policy: str
+    rates_per_s: tuple[float, ...]
+    common: tuple[Outcome, ...] = ()
+
+    @property
+    def capacity(self) -> Spread:
+        """Median, least and greatest over the seeds."""
+        return spread(self.rates_per_s)
+
+    @property
+    def itl_p99_ms(self) -> float | None:
+        """At the common load, the median over seeds."""
+        return median_of([outcome.itl_p99_ms for outcome in self.common])
+
+    @property
+    def ttft_p99_ms(self) -> float | None:
+        """At the common load, the median over seeds."""
+        return median_of([outcome.ttft_p99_ms for outcome in self.common])
+
+    @property
+    def attainment(self) -> float | None:
+        """At the common load, over all seeds."""
+        if not self.common:
+            return None
+        return sum(o.inside for o in self.common) / sum(o.submitted for o in self.common)
+
+
+@dataclass(frozen=True)
+class CapacityResult:
+    """A scenario's contestants.
+
+    Attributes:
+        scenario: Where.
+        rows: In the order of the line-up.
+        common_rate_per_s: The common load.
+    """
+
+    scenario: Scenario
+    rows: tuple[CapacityRow, ...]
+    common_rate_per_s: float
+
+    def row(self, policy: str) -> CapacityRow | None:
+        """A contestant's row, None where it took no part."""
+        return next((row for row in self.rows if row.policy == policy), None)
+
+    @property
+    def best_static(self) -> CapacityRow:
+        """The static pair with the highest median; of several, the one that held more latency."""
+        return max(
+            (row for row in self.rows if is_static(row.policy)),
+            key=lambda row: (row.capacity.median, sum(row.rates_per_s)),
+        )
+
+    def holding(self) -> CapacityRow | None:
+        """The static pair with the least ITL p99 at the common load; None where it was not run."""
+        measured = [row for row in self.rows if is_static(row.policy) and row.itl_p99_ms]
+        return min(measured, key=lambda row: row.itl_p99_ms or 0.0, default=None)
+
+
+def find_rung(trial: Trial, start: int, folder: Path) -> int | None:
+    """A contestant's highest rung on a seed; runs in a process of the crew.
+
+    Args:
+        trial: At a rate scale of 1.
+        start: Where the rung is expected.
+        folder: Of the outcomes.
+    """
+    store = OutcomeStore(folder)
+    asked = trial.gives_up_below
+    assert asked is not None
+
+    def keeps(rung: int) -> bool:
+        outcome = run_stored(replace(trial, rate_scale=rate_scale(rung)), store)
+        return not outcome.given_up and outcome.attainment >= asked
+
+    return highest_kept(keeps, start)
+
+
+def run_one(trial: Trial, folder: Path) -> Outcome:
+    """One trial to its end; runs in a process of the crew."""
+    return run_stored(trial, OutcomeStore(folder))
+
+
+def compare_capacity(
+    settings: ContestSettings, crew: Crew, folder: Path, *, only_target: bool = False
+) -> list[CapacityResult]:
+    """Searches every scenario, then runs everybody at the common load.
+
+    Args:
+        settings: Of the contest.
+        crew: Does the work.
+        folder: Of the outcomes.
+        only_target: Leaves out whoever is neither static nor ours.
+    """
+    scenarios = settings.slo_scenarios()
+    lineups = [_lineup(settings, scenario, only_target) for scenario in scenarios]
+    seeds = settings.all_seeds
+    searches = [
+        (place, label, seed)
+        for place, lineup in enumerate(lineups)
+        for label in lineup
+        for seed in seeds
+    ]
+
+    def search(chosen: list[tuple[int, str, int]], starts: list[int], what: str) -> list[int]:
+        tasks = [
+            (_trial(scenarios[place], label, seed, settings.attainment), start, folder)
+            for (place, label, seed), start in zip(chosen, starts, strict=True)
+        ]
+        return [LOWEST - 1 if r is None else r for r in crew.map(what, find_rung, tasks)]
+
+    first = [item for item in searches if item[1] == DEFAULT]
+    rungs = dict(zip(first, search(first, [_DEFAULT_START] * len(first), "default"), strict=True))
+    others = [item for item in searches if item[1] != DEFAULT]
+    starts = [rungs[place, DEFAULT, seed] for place, _, seed in others]
+    starts = [_LOST_START if start < LOWEST else start for start in starts]
+    rungs |= dict(zip(others, search(others, starts, "capacity"), strict=True))
+
+    results = []
+    for place, (scenario, lineup) in enumerate(zip(scenarios, lineups, strict=True)):
+        by_label = {label: [rungs[place, label, seed] for seed in seeds] for label in lineup}
+        results.append(_at_common_load(scenario, by_label, seeds, crew, folder))
+    return results
+
+
+def _lineup(settings: ContestSettings, scenario: Scenario, only_target: bool) -> tuple[str, ...]:
+    lineup = settings.lineup(scenario, slo_lineup(scenario))
+    if only_target:
+        return tuple(label for label in lineup if is_static(label) or label == OURS)
+    return lineup
+
+
+def _trial(scenario: Scenario, label: str, seed: int, gives_up_below: float | None) -> Trial:
+    return Trial(scenario, contestant(label), seed=seed, gives_up_below=gives_up_below)
+
+
+def _at_common_load(
+    scenario: Scenario,
+    rungs: dict[str, list[int]],
+    seeds: Sequence[int],
+    crew: Crew,
+    folder: Path,
+) -> CapacityResult:
+    best = max(median(found) for label, found in rungs.items() if is_static(label))
+    common = max(round(best), LOWEST)
+    tasks = [
+        (replace(_trial(scenario, label, seed, None), rate_scale=rate_scale(common)), folder)
+        for label in rungs
+        for seed in seeds
+    ]
+    outcomes = crew.map(f"common load, {scenario.label}", run_one, tasks)
+    count = len(seeds)
+    rows = [
+        CapacityRow(
+            label,
+            tuple(_rate(scenario, rung) for rung in found),
+            tuple(outcomes[place * count : (place + 1) * count]),
+        )
+        for place, (label, found) in enumerate(rungs.items())
+    ]
+    return CapacityResult(scenario, tuple(rows), _rate(scenario, common))
+
+
+def _rate(scenario: Scenario, rung: int) -> float:
+    return scenario.rate_per_s * rate_scale(rung) if rung >= LOWEST else 0.0

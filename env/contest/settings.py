@@ -1,0 +1,168 @@
+"""The settings of the contest: every option of its command line, typed and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from batchpilot.agents.parameters import ConfigError, Parameters, parameter
+from batchpilot.env.bench.contestants import Contestant
+from batchpilot.env.contest.lineup import DEFAULT, static_grid
+from batchpilot.env.contest.scenario import (
+    HORIZON_SECONDS,
+    LENGTHS,
+    TURNOVERS,
+    Scenario,
+    Shift,
+    saturated_scenario,
+    shifts,
+    slo_scenario,
+)
+from batchpilot.env.profiles import load_profile
+
+SECTIONS = ("capacity", "target", "saturation", "shifts")
+PROFILES = (
+    "llama-3.1-8b-rtx4090",
+    "llama-3.1-8b-h100",
+    "qwen3-8b-h200",
+    "llama-3.1-70b-h100-tp4",
+)
+#: Lengths, factor on the unloaded step, milliseconds to the first token. ShareGPT's longest prompts
+#: take an RTX 4090 more than a second alone, so that they go with the longer target. `--full` takes
+#: every combination.
+PAIRED = (("ShareGPT", 3.0, 2000.0), ("Azure", 2.0, 1000.0))
+_ITL_FACTORS, _TTFT_SLO_MS = (2.0, 3.0), (2000.0, 1000.0)
+#: Profiles of the shifts.
+SHIFT_PROFILES = ("llama-3.1-8b-h100", "llama-3.1-70b-h100-tp4")
+PHASE_SECONDS = 20.0
+#: KV blocks that make memory scarce on a large device, and whose lengths are served then.
+CUT_BLOCKS, CUT_LENGTHS = 4000, "Azure"
+
+#: Stands for the scenario's static pairs in a list of contestants.
+GRID = "grid"
+
+_QUICK_PROFILES = ("llama-3.1-8b-h100", "llama-3.1-70b-h100-tp4")
+_QUICK_POLICIES = (
+    "static,static:max_num_seqs=128:max_num_batched_tokens=512,watermark:0.05,memory+sla,predictive"
+)
+_QUICK_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class ContestSettings(Parameters):
+    """One field per option.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of range.
+    """
+
+    section: str = parameter("all", choices=("all", *SECTIONS), help="which tables to make")
+    seeds: int | None = parameter(None, minimum=1, help="seeds of each; 5, or 2 with --quick")
+    attainment: float = parameter(
+        0.99, above=0, below=1, help="share of requests inside the targets that keeps a rate"
+    )
+    quick: bool = parameter(
+        False, help="two profiles, two seeds, few contestants, a quarter of the requests"
+    )
+    full: bool = parameter(False, help="every combination of lengths and targets, not two of eight")
+    policies: str | None = parameter(
+        None,
+        help="comma-separated contestants beside static, in place of all; grid: the static pairs",
+    )
+    profiles: str | None = parameter(None, help="comma-separated profiles, in place of four")
+    workers: int | None = parameter(None, minimum=1, help="processes; every core by default")
+    work_dir: str | None = parameter(
+        None, help="folder of finished runs, so that a contest can be taken up again"
+    )
+    json: str = parameter("results/predictive.json", help="where the numbers go")
+    html: str = parameter("results/predictive.html", help="where the report goes")
+
+    def __post_init__(self) -> None:
+        """Checks each value, the profiles' and the contestants' names included."""
+        super().__post_init__()
+        for name in self.profile_names:
+            load_profile(name)
+        if self.json == self.html:
+            raise ConfigError(f"json and html are both {self.json!r}: name two files")
+        for label in self._asked_for or ():
+            if label != GRID:
+                Contestant.parse(label).build({"itl_slo_ms": 1.0, "ttft_slo_ms": 1.0})
+
+    def lineup(self, scenario: Scenario, everybody: tuple[str, ...]) -> tuple[str, ...]:
+        """Who takes part in a scenario, vLLM's default first.
+
+        Args:
+            scenario: Its static pairs stand in for `grid`.
+            everybody: Who does where nobody was asked for.
+        """
+        asked = self._asked_for
+        if asked is None:
+            return everybody
+        grid = static_grid(scenario)
+        expanded = (label for part in asked for label in (grid if part == GRID else (part,)))
+        return tuple(dict.fromkeys(expanded))
+
+    @property
+    def _asked_for(self) -> tuple[str, ...] | None:
+        text = self.policies or (_QUICK_POLICIES if self.quick else None)
+        if text is None:
+            return None
+        return tuple(dict.fromkeys((DEFAULT, *(part.strip() for part in text.split(",")))))
+
+    @property
+    def profile_names(self) -> tuple[str, ...]:
+        """The profiles that take part."""
+        if self.profiles is not None:
+            return tuple(name.strip() for name in self.profiles.split(","))
+        return _QUICK_PROFILES if self.quick else PROFILES
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds."""
+        return range(self.seeds or (2 if self.quick else 5))
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """What is made."""
+        return SECTIONS if self.section == "all" else (self.section,)
+
+    @property
+    def output_files(self) -> tuple[Path, Path]:
+        """Both files it writes."""
+        return Path(self.json), Path(self.html)
+
+    @property
+    def _share(self) -> float:
+        return _QUICK_SHARE if self.quick else 1.0
+
+    def slo_scenarios(self) -> list[Scenario]:
+        """Where capacity is compared."""
+        every = list(product(LENGTHS, _ITL_FACTORS, _TTFT_SLO_MS))
+        return [
+            slo_scenario(
+                profile,
+                lengths,
+                itl_factor=factor,
+                ttft_slo_ms=ttft,
+                horizon_s=HORIZON_SECONDS * self._share,
+            )
+            for profile in self.profile_names
+            for lengths, factor, ttft in (every if self.full else PAIRED)
+        ]
+
+    def saturated_scenarios(self) -> list[Scenario]:
+        """Where throughput is compared: the whole KV cache, and a small part of a large one."""
+        turnovers = TURNOVERS * self._share
+        found = []
+        for name in self.profile_names:
+            found.append(saturated_scenario(name, "ShareGPT", turnovers=turnovers))
+            if load_profile(name).num_blocks > CUT_BLOCKS:
+                found.append(saturated_scenario(name, CUT_LENGTHS, CUT_BLOCKS, turnovers))
+        return found
+
+    def shift_scenarios(self) -> list[Shift]:
+        """Where something changes half-way."""
+        asked = set(self.profile_names)
+        names = [name for name in SHIFT_PROFILES if name in asked] or self.profile_names
+        return [found for name in names for found in shifts(name, PHASE_SECONDS * self._share)]

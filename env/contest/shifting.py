@@ -1,0 +1,123 @@
+"""Regret where traffic or the GPU changes half-way.
+
+The oracle of a phase is the static pair whose runs had the most requests of that phase inside the
+targets, over all seeds; another pair may be it in the other phase. Regret is the share of the
+oracle's requests that a contestant lacks: 1 - inside / sum over phases of the oracle's inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchpilot.env.contest.capacity import run_one
+from batchpilot.env.contest.crew import Crew
+from batchpilot.env.contest.lineup import (
+    DEFAULT,
+    OURS,
+    PUBLISHED,
+    contestant,
+    is_static,
+    static_grid,
+)
+from batchpilot.env.contest.scenario import Scenario, Shift
+from batchpilot.env.contest.settings import ContestSettings
+from batchpilot.env.contest.summary import median_of
+from batchpilot.env.contest.trial import Outcome, Trial
+
+_OTHERS = ("watermark:0.05", PUBLISHED, "memory+sla", "aimd", "p-pas", "trtllm")
+
+
+@dataclass(frozen=True)
+class ShiftRow:
+    """A contestant in a scenario: its outcome on each seed."""
+
+    policy: str
+    outcomes: tuple[Outcome, ...]
+
+    def inside(self, phase: int) -> int:
+        """Requests of a phase inside the targets, over all seeds."""
+        return sum(outcome.phases[phase].inside for outcome in self.outcomes)
+
+    @property
+    def inside_by_seed(self) -> list[int]:
+        """Requests of all phases inside the targets."""
+        return [sum(phase.inside for phase in outcome.phases) for outcome in self.outcomes]
+
+    @property
+    def regained_s(self) -> list[float | None]:
+        """On each seed, engine time from the shift until the target is regained."""
+        return [outcome.phases[-1].regained_s for outcome in self.outcomes]
+
+    def itl_p99_ms(self, phase: int) -> float | None:
+        """Median over the seeds of a phase's 99th percentile of token gaps."""
+        return median_of([outcome.phases[phase].itl_p99_ms for outcome in self.outcomes])
+
+
+@dataclass(frozen=True)
+class ShiftResult:
+    """A scenario's contestants, in the order of the line-up."""
+
+    scenario: Scenario
+    rows: tuple[ShiftRow, ...]
+
+    def row(self, policy: str) -> ShiftRow | None:
+        """A contestant's row, None where it took no part."""
+        return next((row for row in self.rows if row.policy == policy), None)
+
+    def oracle(self, phase: int) -> ShiftRow:
+        """The static pair that was best in a phase."""
+        candidates = (row for row in self.rows if is_static(row.policy))
+        return max(candidates, key=lambda row: row.inside(phase))
+
+    @property
+    def phases(self) -> range:
+        """The phases' indices."""
+        return range(len(self.rows[0].outcomes[0].phases))
+
+    @property
+    def oracle_share(self) -> float:
+        """Share of all requests that the oracle had inside the targets."""
+        submitted = sum(o.submitted for o in self.rows[0].outcomes)
+        return self._oracle_inside / submitted
+
+    @property
+    def _oracle_inside(self) -> int:
+        return sum(self.oracle(phase).inside(phase) for phase in self.phases)
+
+    def regret(self, row: ShiftRow) -> float:
+        """Share of the oracle's requests that a contestant lacks; below 0 where it has more."""
+        best = self._oracle_inside
+        return 1 - sum(row.inside_by_seed) / best if best else 0.0
+
+
+def compare_shifts(settings: ContestSettings, crew: Crew, folder: Path) -> list[ShiftResult]:
+    """Runs everybody through every shift, on every seed."""
+    results = []
+    for shift in settings.shift_scenarios():
+        lineup = settings.lineup(shift.scenario, _lineup(shift.scenario))
+        tasks = [
+            (_trial(shift, label, seed), folder) for label in lineup for seed in settings.all_seeds
+        ]
+        outcomes = crew.map(f"shifts, {shift.scenario.label}", run_one, tasks)
+        count = len(settings.all_seeds)
+        rows = tuple(
+            ShiftRow(label, tuple(outcomes[place * count : (place + 1) * count]))
+            for place, label in enumerate(lineup)
+        )
+        results.append(ShiftResult(shift.scenario, rows))
+    return results
+
+
+def _lineup(scenario: Scenario) -> tuple[str, ...]:
+    return (*(DEFAULT, OURS), *static_grid(scenario), *_OTHERS)
+
+
+def _trial(shift: Shift, label: str, seed: int) -> Trial:
+    return Trial(
+        shift.scenario,
+        contestant(label),
+        seed=seed,
+        phase_starts_s=shift.phase_starts_s,
+        slow_factor=shift.slow_factor,
+    )

@@ -1,0 +1,160 @@
+"""Shows an engine's reports to a policy as if it stood beside the engine, and shields its answer.
+
+A policy learns from step records. With DETAIL_STEPS a report brings them; with DETAIL_WINDOW it
+brings their sums, and the policy is shown as many mean steps as there were: what is bound by what
+is kept, as are all sums, to within rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from batchpilot.agents.limits import (
+    BatchLimits,
+    Binding,
+    Decision,
+    EngineFacts,
+    EngineSnapshot,
+    FinishedRequest,
+    StepRecord,
+)
+from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.shield import Clamp, SafetyBounds, shield
+from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.service.wire import BINDINGS, sequences, step_record
+
+#: Most mean steps, and most mean requests, that one report shows a policy: bounds its cost.
+MOST_SHOWN = 1000
+
+
+class ShieldedDecision(NamedTuple):
+    """What a policy wanted, and what the shield made of it."""
+
+    decision: Decision
+    limits: BatchLimits
+    clamp: Clamp
+
+
+class Decider:
+    """One policy for one engine.
+
+    Args:
+        policy: Fresh; it hears only of this engine.
+        facts: The engine's.
+        bounds: What the engine's operator and its group allow.
+    """
+
+    def __init__(self, policy: LimitPolicy, facts: EngineFacts, bounds: SafetyBounds) -> None:
+        """Starts the engine's clock at 0: only differences matter to a policy."""
+        self._policy = policy
+        self._facts = facts
+        self._bounds = bounds
+        self._clock_seconds = 0.0
+
+    def decide(self, report: pb.Report) -> ShieldedDecision:
+        """Learns from a report and decides on the state at its end.
+
+        Raises:
+            Exception: Whatever the policy raises.
+        """
+        window = report.window
+        self._clock_seconds += window.seconds
+        snapshot = self._snapshot(report)
+        if report.steps:
+            decision = self._replay(report, snapshot)
+        else:
+            observe = self._policy.observe
+            for step, count in mean_steps(window):
+                for _ in range(count):
+                    observe(step)
+            decision = self._policy.decide(snapshot)
+        limits, clamp = shield(decision.limits, snapshot, self._bounds)
+        return ShieldedDecision(decision, limits, clamp)
+
+    def _replay(self, report: pb.Report, last: EngineSnapshot) -> Decision:
+        """Decides after every step, as in the engine: some policies count time or decisions.
+
+        The state after each step but the last is put together from what the step tells; queue and
+        sequences are those of the report's end, the only ones known.
+        """
+        steps = [step_record(message) for message in report.steps]
+        clock = last.clock_seconds - sum(step.seconds for step in steps)
+        for step in steps[:-1]:
+            clock += step.seconds
+            self._policy.observe(step)
+            self._policy.decide(
+                last._replace(
+                    clock_seconds=clock,
+                    running=step.running,
+                    prefill_seqs=step.running - step.decode_seqs,
+                    used_blocks=min(
+                        step.kv_tokens // self._facts.block_size, self._facts.total_blocks
+                    ),
+                    binding=step.binding,
+                )
+            )
+        self._policy.observe(steps[-1])
+        return self._policy.decide(last)
+
+    def _snapshot(self, report: pb.Report) -> EngineSnapshot:
+        window = report.window
+        running, waiting = report.running, report.waiting
+        return EngineSnapshot(
+            engine=self._facts,
+            clock_seconds=self._clock_seconds,
+            running=window.running,
+            waiting=window.waiting,
+            prefill_seqs=window.prefill_seqs,
+            used_blocks=window.used_blocks,
+            binding=BINDINGS[report.binding],
+            read_running=lambda: sequences(running),
+            read_waiting=lambda count: sequences(waiting)[:count],
+        )
+
+
+def mean_steps(window: pb.TelemetryWindow) -> list[tuple[StepRecord, int]]:
+    """The steps of a window as mean records, each with how often it comes.
+
+    Those bound by the same constraint are equal. Arrivals, completions (at their mean lengths)
+    and preemptions come with the last.
+    """
+    steps, busy = window.steps, window.busy_seconds
+    if not steps:
+        return []
+    shown = min(1.0, MOST_SHOWN / steps)
+    mean = StepRecord(
+        seconds=busy / steps,
+        running=round(window.running_seconds / busy) if busy else window.running,
+        decode_seqs=round(window.decode_tokens / steps),
+        prefill_tokens=round(window.prefill_tokens / steps),
+        kv_tokens=round(window.kv_token_seconds / busy) if busy else 0,
+    )
+    bound = (
+        (Binding.KV_CACHE, window.kv_bound_steps),
+        (Binding.MAX_NUM_SEQS, window.seqs_bound_steps),
+        (Binding.TOKEN_BUDGET, window.tokens_bound_steps),
+    )
+    free = steps - sum(count for _, count in bound)
+    counted = [
+        (mean._replace(binding=binding), max(1, int(count * shown)))
+        for binding, count in (*bound, (Binding.NONE, free))
+        if count
+    ]
+    if window.arrived or window.finished or window.preemptions:
+        step, count = counted.pop()
+        if count > 1:
+            counted.append((step, count - 1))
+        counted.append((_with_events(step, window), 1))
+    return counted
+
+
+def _with_events(step: StepRecord, window: pb.TelemetryWindow) -> StepRecord:
+    arrived, finished = window.arrived, window.finished
+    prompt = round(window.arrived_prompt_tokens / arrived) if arrived else 0
+    output = round(window.finished_output_tokens / finished) if finished else 0
+    return step._replace(
+        preemptions=window.preemptions,
+        recomputed_tokens=window.recomputed_tokens,
+        finished=(FinishedRequest(prompt, output, True),) * min(finished, MOST_SHOWN),
+        arrived=(prompt,) * min(arrived, MOST_SHOWN),
+    )

@@ -1,0 +1,138 @@
+"""Which policy decides for which engine: the groups, from the settings and from promotions.
+
+A promotion holds until the settings themselves give the group another policy: then whoever changed
+the file has the last word, and the promotion is forgotten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from batchpilot.service.settings import GroupSettings
+from batchpilot.service.wire import EngineKey
+
+#: Former policies remembered for each group.
+LONGEST_HISTORY = 20
+
+
+class PolicyChoice(NamedTuple):
+    """How one engine is steered.
+
+    Attributes:
+        policy: The policy's text.
+        canary: Whether the engine is one of its group's canaries.
+        settings: The group's.
+    """
+
+    policy: str
+    canary: bool
+    settings: GroupSettings
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What promotions have made of a group.
+
+    Attributes:
+        configured: The policy of the settings when the first of them was made.
+        policy: What decides now.
+        canary_policy: What is tried on some engines; empty without a canary.
+        canary_share: The share of engines that try it.
+        history: The policies before, newest last.
+    """
+
+    configured: str
+    policy: str
+    canary_policy: str = ""
+    canary_share: float = 0.0
+    history: tuple[str, ...] = ()
+
+    def promoted(self, policy: str) -> Promotion:
+        """With another policy for all, the present one remembered."""
+        if policy == self.policy:
+            return replace(self, canary_policy="", canary_share=0.0)
+        history = (*self.history, self.policy)[-LONGEST_HISTORY:]
+        return Promotion(self.configured, policy, history=history)
+
+    def with_canary(self, policy: str, share: float) -> Promotion:
+        """With another policy for a share of the engines."""
+        return replace(self, canary_policy=policy, canary_share=share)
+
+    def rolled_back(self) -> Promotion | None:
+        """Without the canary, or else with the policy before; None if there is neither."""
+        if self.canary_policy:
+            return replace(self, canary_policy="", canary_share=0.0)
+        if not self.history:
+            return None
+        return replace(self, policy=self.history[-1], history=self.history[:-1])
+
+
+class Groups:
+    """The policy of every group; a group that the settings do not name is steered as `default`.
+
+    Attributes:
+        generation: Changes whenever any choice may have; sessions compare it.
+    """
+
+    def __init__(self, default: GroupSettings, groups: Mapping[str, GroupSettings]) -> None:
+        """Takes the settings as they are."""
+        self.generation = 0
+        self._default = default
+        self._groups = dict(groups)
+        self._promotions: dict[str, Promotion] = {}
+
+    @property
+    def promotions(self) -> Mapping[str, Promotion]:
+        """Those in force, by group."""
+        return self._promotions
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The groups that settings or promotions name."""
+        return tuple(sorted({*self._groups, *self._promotions}))
+
+    def configure(self, default: GroupSettings, groups: Mapping[str, GroupSettings]) -> None:
+        """Replaces the settings of all groups."""
+        self._default, self._groups = default, dict(groups)
+        self.set_promotions(self._promotions)
+
+    def set_promotions(self, promotions: Mapping[str, Promotion]) -> None:
+        """Replaces all promotions; drops those that newer settings have overruled."""
+        self._promotions = {
+            group: promotion
+            for group, promotion in promotions.items()
+            if promotion.configured == self.settings(group).policy
+        }
+        self.generation += 1
+
+    def settings(self, group: str) -> GroupSettings:
+        """A group's settings."""
+        return self._groups.get(group, self._default)
+
+    def promotion(self, group: str) -> Promotion:
+        """What promotions have made of a group; nothing yet: the settings' own policy."""
+        configured = self.settings(group).policy
+        return self._promotions.get(group) or Promotion(configured, configured)
+
+    def choose(self, key: EngineKey) -> PolicyChoice:
+        """Who decides for an engine."""
+        settings, promotion = self.settings(key.group), self._promotions.get(key.group)
+        if promotion is None:
+            return PolicyChoice(settings.policy, False, settings)
+        if promotion.canary_policy and is_canary(key, promotion):
+            return PolicyChoice(promotion.canary_policy, True, settings)
+        return PolicyChoice(promotion.policy, False, settings)
+
+
+def is_canary(key: EngineKey, promotion: Promotion) -> bool:
+    """Whether an engine is among those that try the canary policy.
+
+    The same engines are, at every replica and after every reconnection, and a greater share keeps
+    those of a smaller one. All ranks of a server are or are not.
+    """
+    text = f"{promotion.canary_policy}\0{key.group}\0{key.engine}"
+    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return place < promotion.canary_share

@@ -1,0 +1,89 @@
+"""PolicyService: who decides for each group, and how that is changed without dropping a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc
+
+from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
+from batchpilot.service.access import Role
+from batchpilot.service.gate import Gate
+from batchpilot.service.meters import Meters
+from batchpilot.service.policy_source import PolicySource
+from batchpilot.service.promotions import Promotions
+from batchpilot.service.refusals import RefusalError, answering
+
+logger = logging.getLogger("batchpilot.service")
+
+_READERS = (Role.VIEWER, Role.ADMIN)
+
+
+class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
+    """Answers those who look after policies."""
+
+    def __init__(
+        self, gate: Gate, source: PolicySource, promotions: Promotions, meters: Meters
+    ) -> None:
+        """Serves the groups of one service."""
+        self._gate = gate
+        self._source = source
+        self._promotions = promotions
+        self._meters = meters
+
+    async def ListPolicies(
+        self, request: pb.ListPoliciesRequest, context: Any
+    ) -> pb.ListPoliciesResponse:
+        """Everything a group can be given."""
+        async with answering("ListPolicies", context, self._meters):
+            self._gate.admit(context, *_READERS)
+            used = self._promotions.policy(request.group) if request.group else ""
+            policies = await asyncio.to_thread(self._source.list)
+            for info in policies:
+                info.in_use = info.policy in (used, used.partition(":")[0])
+            return pb.ListPoliciesResponse(policies=policies)
+
+    async def GetPolicy(self, request: pb.GetPolicyRequest, context: Any) -> pb.GetPolicyResponse:
+        """A group's policy."""
+        async with answering("GetPolicy", context, self._meters):
+            self._gate.admit(context, *_READERS)
+            return pb.GetPolicyResponse(group_policy=self._promotions.describe(request.group))
+
+    async def PromotePolicy(
+        self, request: pb.PromotePolicyRequest, context: Any
+    ) -> pb.PromotePolicyResponse:
+        """Gives a group another policy."""
+        async with answering("PromotePolicy", context, self._meters):
+            caller = self._gate.admit(context, Role.ADMIN)
+            share = request.canary_share if request.HasField("canary_share") else 1.0
+            if not 0 < share <= 1:  # false for NaN too
+                raise RefusalError(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    "invalid_message",
+                    f"canary_share={share} must be above 0 and at most 1",
+                )
+            group = self._promotions.check_group(request.group)
+            await self._source.verify(request.policy, group)
+            self._promotions.promote(group, request.policy, share)
+            logger.info(
+                "%s gives group %s policy %s for a share of %g",
+                caller.name,
+                group,
+                request.policy,
+                share,
+            )
+            return pb.PromotePolicyResponse(group_policy=self._promotions.describe(group))
+
+    async def RollBackPolicy(
+        self, request: pb.RollBackPolicyRequest, context: Any
+    ) -> pb.RollBackPolicyResponse:
+        """Takes a group back to what it had."""
+        async with answering("RollBackPolicy", context, self._meters):
+            caller = self._gate.admit(context, Role.ADMIN)
+            group = self._promotions.check_group(request.group)
+            self._promotions.roll_back(group)
+            logger.info("%s takes group %s back", caller.name, group)
+            return pb.RollBackPolicyResponse(group_policy=self._promotions.describe(group))

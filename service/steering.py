@@ -1,0 +1,126 @@
+"""From a report to a lease: the engine's policy decides, and one that fails is taken out of use.
+
+A policy that cannot be built or that raises leaves its engine without a lease, so that the engine's
+hook goes on with its local policy; no other engine notices.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from batchpilot.agents.parameters import ConfigError
+from batchpilot.agents.shield import SafetyBounds
+from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.service.decider import Decider
+from batchpilot.service.groups import Groups, PolicyChoice
+from batchpilot.service.meters import Meters
+from batchpilot.service.policy_source import PolicySource
+from batchpilot.service.recorder import Recorder
+from batchpilot.service.sessions import Session
+
+logger = logging.getLogger("batchpilot.service")
+
+
+class Steering:
+    """Decides for every session, by the policy of its group."""
+
+    def __init__(
+        self, groups: Groups, source: PolicySource, meters: Meters, recorder: Recorder | None
+    ) -> None:
+        """Asks `groups` which policy, and `source` for the policy itself."""
+        self._recorder = recorder
+        self._groups = groups
+        self._source = source
+        self._meters = meters
+
+    def is_outdated(self, session: Session) -> bool:
+        """Whether the session's group has changed how it is steered since its last welcome."""
+        return session.generation != self._groups.generation and (
+            self._choose(session) != session.choice
+        )
+
+    def welcome(self, session: Session) -> pb.Welcome:
+        """Gives the session its group's policy, fresh, and says how to go on."""
+        choice = self._choose(session)
+        session.choice = choice
+        detail = pb.DETAIL_WINDOW
+        try:
+            built = self._source.build(choice.policy, session.key.group, _targets(session, choice))
+            session.decider = Decider(built.policy, session.facts, _bounds(session, choice))
+            session.problem = ""
+            if built.needs_steps:
+                detail = pb.DETAIL_STEPS
+        except ConfigError as error:
+            self._give_up(session, str(error))
+        except Exception:
+            logger.exception("policy %s cannot be built for %s", choice.policy, session.key)
+            self._give_up(session, "it cannot be built; see the service's log")
+        return pb.Welcome(
+            session_id=session.session_id,
+            report_interval_ms=choice.settings.report_interval_ms,
+            detail=detail,
+            policy=choice.policy,
+        )
+
+    def answer(self, session: Session, report: pb.Report) -> pb.LimitsLease | None:
+        """The lease that answers a report; None while the session has no working policy."""
+        decider, choice = session.decider, session.choice
+        if decider is None or choice is None:
+            return None
+        started = time.perf_counter()
+        try:
+            decided = decider.decide(report)
+        except Exception:
+            logger.exception("policy %s fails for %s", choice.policy, session.key)
+            self._give_up(session, "it raised an exception; see the service's log")
+            return None
+        decision, limits, clamp = decided
+        lease = pb.LimitsLease(
+            sequence=report.sequence,
+            limits=pb.BatchLimits(
+                max_num_seqs=limits.max_num_seqs,
+                max_num_batched_tokens=limits.max_num_batched_tokens,
+            ),
+            lease_ms=choice.settings.lease_ms,
+            source=decision.source,
+            reason=decision.reason,
+            policy=choice.policy,
+        )
+        session.lease = lease
+        session.desired = decision.limits
+        session.clamp = clamp
+        self._meters.decided(session.key.group, clamp, time.perf_counter() - started)
+        if self._recorder is not None:
+            self._recorder.record(session, report, decided)
+        return lease
+
+    def _choose(self, session: Session) -> PolicyChoice:
+        session.generation = self._groups.generation
+        return self._groups.choose(session.key)
+
+    def _give_up(self, session: Session, problem: str) -> None:
+        session.decider = session.lease = session.desired = None
+        session.problem = problem
+        self._meters.policy_failed(session.key.group)
+        logger.error("%s goes on with its local policy: %s", session.key, problem)
+
+
+def _targets(session: Session, choice: PolicyChoice) -> dict[str, float | None]:
+    """What policies share; an engine's own targets win over its group's."""
+    own, settings = session.targets, choice.settings
+    return {
+        "itl_slo_ms": own.itl_slo_ms or settings.itl_slo_ms,
+        "ttft_slo_ms": own.ttft_slo_ms or settings.ttft_slo_ms,
+        "memory_overflow_probability": settings.memory_overflow_probability,
+    }
+
+
+def _bounds(session: Session, choice: PolicyChoice) -> SafetyBounds:
+    """The narrower of what the engine's operator and its group allow."""
+    hello, settings = session.hello, choice.settings
+    return SafetyBounds(
+        min_num_seqs=max(1, hello.min_num_seqs, settings.min_num_seqs),
+        max_num_seqs=settings.max_num_seqs,
+        min_prefill_chunk=max(1, hello.min_prefill_chunk),
+    )
