@@ -140,7 +140,7 @@ class Comparison:
     def median_step_ms(self, side: str) -> float:
         """Median time of a step: unlike throughput, a machine's pauses hardly move it."""
         runs = [getattr(pair, side).witness.records for pair in self.pairs]
-        return 1e3 * median(record.seconds for records in runs for record in records)
+        return 1e3 * float(median(record.seconds for records in runs for record in records))
 
     @property
     def equal_steps(self) -> int:
