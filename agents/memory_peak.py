@@ -135,7 +135,7 @@ class MemoryPeakPolicy:
         if lengths is None or lengths.relative_error > LARGEST_RELATIVE_ERROR or not running:
             self._must_look = self._guesses = True
             decision = self._by_blocks.decide(snapshot)
-            self._grant = decision.limits.max_num_seqs - snapshot.running
+            self._grant = max(0, decision.limits.max_num_seqs - snapshot.running)
             return decision
         self._guesses = False
         self._grant = self._admissible(snapshot, running, waiting, lengths)
