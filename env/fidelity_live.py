@@ -45,7 +45,7 @@ from batchpilot.env.calibrate.runner import calibrate
 from batchpilot.env.calibrate.settings import CalibrateSettings
 from batchpilot.env.engine import Engine
 from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
-from batchpilot.env.models import resolve_model
+from batchpilot.env.models import longest_that_fits, resolve_model
 from batchpilot.env.profiles import GpuProfile, load_profile
 from batchpilot.env.virtual_engine import VirtualEngine, VirtualEngineConfig
 from batchpilot.env.witness import WitnessedPolicy, decides_again
@@ -73,7 +73,7 @@ class Setup:
     model: str = "smollm2-135m"
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    kv_blocks: int = 128
+    kv_blocks: int = 96
     block_size: int = 32
 
 
@@ -189,6 +189,9 @@ def compare(
         max_num_batched_tokens=setup.max_num_batched_tokens,
         kv_blocks=setup.kv_blocks,
         block_size=setup.block_size,
+        max_model_len=longest_that_fits(
+            resolve_model(setup.model), setup.kv_blocks, setup.block_size
+        ),
     )
     with LiveEngine(config) as engine:
         replay(engine, work[0][:WARM_UP_REQUESTS], Slo(), Silent())
@@ -206,7 +209,16 @@ def compare(
 
 
 def virtual_config(setup: Setup, profile: GpuProfile, max_model_len: int) -> VirtualEngineConfig:
-    """The virtual engine that stands for the live one; on a CPU vLLM schedules synchronously."""
+    """The virtual engine that stands for the live one; on a CPU vLLM schedules synchronously.
+
+    Raises:
+        ConfigError: The profile has blocks of another size.
+    """
+    if profile.block_size != setup.block_size:
+        raise ConfigError(
+            f"profile {profile.name!r}: block_size={profile.block_size} must be "
+            f"{setup.block_size}, the live engine's"
+        )
     return VirtualEngineConfig(
         profile=replace(profile, noise=0.0),
         max_num_seqs=setup.max_num_seqs,
