@@ -33,6 +33,11 @@ class LateGapBudget:
         """Share of recent gaps beyond the target."""
         return self._late / self._all if self._all else 0.0
 
+    @property
+    def used(self) -> float:
+        """Late gaps as a share of those that may be: 1 where the budget is spent."""
+        return self._late / (LATE_SHARE * self._all) if self._all else 1.0
+
     def observe(self, step: StepRecord) -> None:
         """Counts a step's gaps, whoever made them late."""
         keep = 1 - 1 / MEMORY_STEPS

@@ -85,6 +85,7 @@ class PredictivePolicy:
         self._queue = PrefillQueue()
         self.step_time = StepTimeEstimator()
         self._trusted = False
+        self._slow_start = self._chunk
         self._latency_limit = 1
         self._steps_to_check = 0
         self._decision: Decision | None = None
@@ -97,6 +98,8 @@ class PredictivePolicy:
             self._queue.observe(step)
         if self._late_gaps is not None:
             self._late_gaps.observe(step)
+            if not self._trusted and step.regular and self._target is not None:
+                self._start_slowly(step, self._target)
         if self._guard is not None:
             self._guard.observe(step)
 
@@ -115,15 +118,29 @@ class PredictivePolicy:
         if self._steps_to_check <= 0:
             self._check(snapshot, self._target)
         if not self._trusted:
-            reason = "the step time is not known well enough yet"
-            limits = guard.limits
-            return self._decided(
-                limits.max_num_seqs, limits.max_num_batched_tokens, Source.MEMORY_SLA, reason
-            )
+            return self._cautious(snapshot, guard)
         return self._predict(snapshot, memory, self._target)
 
+    def _cautious(self, snapshot: EngineSnapshot, guard: Decision) -> Decision:
+        """The guard's sequence limit; a token budget that has kept the target so far."""
+        tokens = guard.limits.max_num_batched_tokens
+        if snapshot.decode_seqs:
+            decode_tokens = snapshot.decode_seqs * snapshot.engine.tokens_per_decode
+            tokens = min(tokens, decode_tokens + self._slow_start)
+        reason = "the step time is not known well enough"
+        return self._decided(guard.limits.max_num_seqs, tokens, Source.MEMORY_SLA, reason)
+
+    def _start_slowly(self, step: StepRecord, target: float) -> None:
+        """Doubles the prompt tokens of a step while they keep the target, else halves them."""
+        if step.seconds > target:
+            self._slow_start = max(self._chunk, self._slow_start // 2)
+        elif 2 * step.prefill_tokens >= self._slow_start:
+            self._slow_start *= 2
+
     def _aim(self, target: float) -> float:
-        return target / (1 + NOISE_MARGIN * self.step_time.noise)
+        """The time a step may take: further below the target, the more gaps were late lately."""
+        late = self._late_gaps.used if self._late_gaps is not None else 1.0
+        return target / (1 + NOISE_MARGIN * late * self.step_time.noise)
 
     def _kv_tokens(self, snapshot: EngineSnapshot) -> int:
         return snapshot.used_blocks * snapshot.engine.block_size
