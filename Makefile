@@ -62,6 +62,9 @@ test-slow: setup  ## the exhaustive tests
 bench-env: setup  ## engine and environment steps per second, in one and two processes
 	$(BIN)/python -m batchpilot.env.bench_env
 
+bench-step-time: setup  ## one-step-ahead error of each form of the step time (DATA=folder adds measured steps)
+	$(BIN)/python -m batchpilot.env.step_time_table $(if $(DATA),--data $(DATA))
+
 bench-overhead: setup  ## what batchpilot's code adds to each vLLM step, by policy
 	$(BIN)/python -m batchpilot.env.bench.overhead
 
