@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_num_batched_tokens=1024,
         kv_blocks=128,
         block_size=32,
-        max_model_len=512,, max_model_len=512
+        max_model_len=512,
     )
     lost_in_all = 0
     print("| fault | noticed | service decided | served / lost | throughput | back after |")
