@@ -140,6 +140,36 @@ def test_what_cannot_be_real_ends_the_stream_with_invalid_argument(requests, com
     run(test)
 
 
+def test_an_engine_that_opens_a_stream_and_says_nothing_is_sent_away(monkeypatch):
+    monkeypatch.setattr("batchpilot.service.tuner.HELLO_SECONDS", 0.1)
+
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            silent = Engine(channel)
+            assert await silent.status() == (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "no hello within 0.1 s",
+            )
+            assert len(service.sessions) == 0
+
+    run(test)
+
+
+def test_an_engine_that_reads_no_answers_holds_up_only_itself():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            deaf = Engine(channel)
+            await deaf.begin()
+            async with channel_to(service) as other:
+                healthy = Engine(other)
+                await healthy.begin(hello(engine="node-2:1"))
+                for sequence in range(1, 21):
+                    await deaf.send(report=report(sequence))
+                    assert (await healthy.ask(sequence)).sequence == sequence
+
+    run(test)
+
+
 def test_garbage_ends_one_stream_and_nothing_else():
     async def test():
         async with serving(default=STATIC) as service, channel_to(service) as channel:
