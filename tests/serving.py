@@ -60,13 +60,11 @@ def hello(engine: str = "node-1:77", group: str = "chat", **fields: Any) -> pb.E
         "block_size": 16,
         "tokens_per_decode": 1,
     }
+    given = {"model_name": "m", "min_num_seqs": 1, "min_prefill_chunk": 64, **fields}
     return pb.EngineHello(
         id=pb.EngineId(group=group, engine=engine),
-        facts=pb.EngineFacts(**{**facts, **fields.pop("facts", {})}),
-        model_name="m",
-        min_num_seqs=1,
-        min_prefill_chunk=64,
-        **fields,
+        facts=pb.EngineFacts(**{**facts, **given.pop("facts", {})}),
+        **given,
     )
 
 

@@ -295,6 +295,20 @@ def test_limits_can_be_asked_for_without_a_stream():
     run(test)
 
 
+def test_of_a_long_report_only_what_is_shown_is_kept():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            engine = Engine(channel)
+            await engine.begin()
+            columns = dict.fromkeys(("kv_tokens", "output_tokens", "prefill_tokens_left"), [9] * 50)
+            steps = [pb.StepRecord(seconds=0.01, running=50, decode_seqs=50)] * 100
+            await engine.ask(1, steps=steps, running=pb.SequenceColumns(**columns))
+            (session,) = service.sessions
+            assert session.report == report(1)
+
+    run(test)
+
+
 def test_an_entry_without_a_stream_ends_when_its_reports_stop():
     async def test():
         async with serving(default=STATIC) as service, channel_to(service) as channel:
