@@ -64,13 +64,15 @@ class Rhythm:
 
     Attributes:
         every: Steps.
+        off: Never.
     """
 
     every: int
+    off: bool = False
 
     def is_due(self, before: int, now: int) -> bool:
         """Whether a multiple lies in (before, now]."""
-        return before // self.every < now // self.every
+        return not self.off and before // self.every < now // self.every
 
 
 class BetweenRollouts(BaseCallback):

@@ -163,8 +163,10 @@ def _restore_environments(model: BaseAlgorithm, states: list[Any], folder: Path)
         )
     for index, state in enumerate(states):
         (seen,) = environment.env_method("set_state", state, indices=[index])
-        assert model._last_obs is not None
-        if state["replays"] and not np.array_equal(seen, np.asarray(model._last_obs)[index]):
+        newest = np.asarray(model._last_obs)
+        if not state["replays"]:
+            newest[index] = seen  # a live engine began its episode afresh
+        elif not np.array_equal(seen, newest[index]):
             raise CheckpointError(
                 f"checkpoint {folder}: environment {index} does not come back to what it showed; "
                 "its code, settings or libraries have changed since"

@@ -115,6 +115,7 @@ class RayVecEnv(VecEnv):
         self._shares = [part.tolist() for part in np.array_split(np.arange(count), workers)]
         self._states: list[dict[str, Any]] = [{} for _ in range(count)]
         self.workers = [self._start(share) for share in self._shares]
+        self._restoring: dict[int, Any] = {}
         self.replaced = 0
         self._actions: list[Any] = []
         self._pending: list[Any] = []
@@ -221,6 +222,9 @@ class RayVecEnv(VecEnv):
             try:
                 if reference is None:
                     reference = ask(self.workers[number], self._shares[number])
+                if number in self._restoring:
+                    ray.get(self._restoring[number])
+                    del self._restoring[number]
                 return ray.get(reference)
             except RayActorError as error:
                 logger.warning("a worker died and is replaced: %s", _first_line(error))
@@ -234,8 +238,7 @@ class RayVecEnv(VecEnv):
         worker = self._start(share)
         self.workers[number] = worker
         self.replaced += 1
-        # Not waited for: a worker does what it is asked in order, and dies of it where it must.
-        worker.restore.remote([self._states[index] for index in share])
+        self._restoring[number] = worker.restore.remote([self._states[index] for index in share])
 
 
 def _with_action(state: dict[str, Any], action: Any) -> dict[str, Any]:

@@ -66,13 +66,18 @@ class RunConfig:
     baselines: tuple[str, ...] = field(default=BASELINES)
 
     def __post_init__(self) -> None:
-        """Checks that algorithm and action design fit."""
+        """Checks that algorithm, action design and environment fit."""
         grid = self.recipe.settings.get("action_design", "residual") == "grid"
         if find_algorithm(self.run.algo).discrete != grid:
             needed = "grid" if not grid else "residual or absolute"
             raise ConfigError(
                 f"algo={self.run.algo!r} needs action_design {needed}: it "
                 + ("chooses among numbered actions" if not grid else "gives numbers")
+            )
+        if self.recipe.kind == "live" and (self.run.n_envs > 1 or self.run.workers):
+            raise ConfigError(
+                f"env=live takes n_envs 1 and no workers, not n_envs={self.run.n_envs} and "
+                f"workers={self.run.workers}: a machine has room for one live vLLM"
             )
 
     def to_text(self) -> str:
@@ -114,7 +119,8 @@ def make_run_config(
         {**zoo, **over}, where=f"hyperparameters of {algo}"
     )
     chosen.setdefault("shaping_discount", hyperparameters.gamma)
-    defaults = {"timesteps": hyperparameters.n_timesteps, "n_envs": hyperparameters.n_envs}
+    n_envs = 1 if kind == "live" else hyperparameters.n_envs
+    defaults = {"timesteps": hyperparameters.n_timesteps, "n_envs": n_envs}
     values = {**defaults, **{k: v for k, v in given.items() if v is not None}, "algo": algo}
     run = RunSettings.from_mapping(values, where="train")
     baselines = tuple(map(str, content.get("baselines", BASELINES)))

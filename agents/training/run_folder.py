@@ -125,7 +125,7 @@ class RunFolder:
         path = self.path / name
         fresh = not path.exists()
         with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             writer.writerows([header, *rows] if fresh else rows)
 
     def read_rows(self, name: str) -> list[dict[str, float]]:
@@ -138,10 +138,12 @@ class RunFolder:
 
     def forget_rows_after(self, name: str, step: int) -> None:
         """Removes what an interrupted run wrote after the checkpoint it goes on from."""
-        rows = [row for row in self.read_rows(name) if row["step"] <= step]
-        (self.path / name).unlink(missing_ok=True)
-        if rows:
-            self.add_rows(name, tuple(rows[0]), [tuple(row.values()) for row in rows])
+        path = self.path / name
+        if not path.exists():
+            return
+        heading, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if int(row.partition(",")[0]) <= step]
+        path.write_text("".join([heading, *kept]), encoding="utf-8")
 
 
 def git_commit() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def train(
         between = BetweenRollouts(
             folder,
             lambda: evaluate_agent(model, held_out, config.run.eval_episodes),
-            evaluations=Rhythm(config.run.eval_every),
+            evaluations=Rhythm(config.run.eval_every, off=config.recipe.kind == "live"),
             checkpoints=Rhythm(config.run.checkpoint_every),
             stop=stop,
             chance=chance,
@@ -93,12 +94,15 @@ def train(
 
 @contextmanager
 def open_training(config: RunConfig) -> Iterator[tuple[BaseAlgorithm, VecEnv]]:
-    """A fresh model on its environments, and others for evaluations; all are closed at the end."""
-    vector = build_vector(config.recipe, config.run.n_envs, workers=config.run.workers)
-    held_out: VecEnv | None = None
+    """A fresh model on its environments, and others for evaluations; all are closed at the end.
+
+    A process has room for one live vLLM: there both are the same.
+    """
+    vector = held_out = build_vector(config.recipe, config.run.n_envs, workers=config.run.workers)
     try:
-        count = min(config.run.n_envs, config.run.eval_episodes)
-        held_out = build_vector(config.recipe, count, workers=config.run.workers)
+        if config.recipe.kind != "live":
+            count = min(config.run.n_envs, config.run.eval_episodes)
+            held_out = build_vector(config.recipe, count, workers=config.run.workers)
         if config.hyperparameters.norm_reward:
             gamma = config.hyperparameters.gamma
             vector = VecNormalize(vector, norm_obs=False, norm_reward=True, gamma=gamma)
@@ -108,7 +112,7 @@ def open_training(config: RunConfig) -> Iterator[tuple[BaseAlgorithm, VecEnv]]:
         )
     finally:
         vector.close()
-        if held_out is not None:
+        if config.recipe.kind != "live":
             held_out.close()
 
 
@@ -161,6 +165,7 @@ def compare(
 def _ready_process() -> None:
     """One thread for torch: networks this small lose by more, and environments need the cores."""
     prepare_process()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_num_threads(1)
 
 
