@@ -148,8 +148,8 @@ def test_what_comes_with_batchpilot_is_sound():
 
 CELL = (
     "{name: small, profile: llama-3.1-8b-rtx4090, "
-    "workload: 'lognormal:prompt_mean=600:output_mean=100', "
-    "arrivals: 'poisson:9', num_requests: 60, itl_slo_ms: 35, ttft_slo_ms: 2000}"
+    "workload: 'lognormal:prompt_mean=600:output_mean=40', "
+    "arrivals: 'poisson:14', num_requests: 50, itl_slo_ms: 35, ttft_slo_ms: 2000}"
 )
 
 
