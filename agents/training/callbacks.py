@@ -33,29 +33,24 @@ class ServingMetrics(BaseCallback):
         super().__init__()
         self._folder = folder
         self._progress = progress
-        self._shielded: dict[int, list[float]] = {}
 
     def _on_step(self) -> bool:
         rows = []
         for index, info in enumerate(self.locals["infos"]):
             for name in _SERVING:
                 self.logger.record_mean(f"serving/{name}", float(info[name]))
-            shares = self._shielded.setdefault(index, [])
-            shares.append(info["shielded_share"])
             if "episode" in info:
                 self.logger.record_mean("serving/slo_attainment", info["slo_attainment"])
-                rows.append(self._row(index, info, sum(shares) / len(shares)))
-                shares.clear()
+                rows.append(self._row(index, info))
         if rows:
             self._folder.add_rows("episodes.csv", EPISODES, rows)
         self._progress(self.num_timesteps)
         return True
 
-    def _row(self, index: int, info: dict[str, Any], shielded: float) -> tuple[Any, ...]:
+    def _row(self, index: int, info: dict[str, Any]) -> tuple[Any, ...]:
         episode = info["episode"]
-        attainment = round(info["slo_attainment"], 5)
-        step = self.num_timesteps
-        return step, index, episode["r"], episode["l"], attainment, round(shielded, 5)
+        shares = (round(info[n], 5) for n in ("slo_attainment", "episode_shielded_share"))
+        return self.num_timesteps, index, episode["r"], episode["l"], *shares
 
 
 @dataclass(frozen=True)
