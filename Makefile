@@ -9,7 +9,8 @@ TEST_ARGS ?=
 export HF_HUB_OFFLINE := 1
 
 
-.PHONY: help setup demo bench-live test test-slow lint compat bench-virtual bench-predictive fidelity bench-env bench-overhead bench-training train-demo train-full clean
+# Every target here is a command, none is a file but the stamp.
+.PHONY: $(shell grep -ohE '^[a-z-]+:' Makefile | tr -d :)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -23,11 +24,21 @@ $(STAMP): requirements-cpu.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-lint: setup  ## ruff, import rules, mypy --strict
+# The contract of the last release; replaced, by this command, when another is released:
+#   .venv/bin/buf build protos --exclude-source-info --output tests/data/released_contract.binpb
+RELEASED_CONTRACT := tests/data/released_contract.binpb
+
+protos: setup  ## generate the code of protos/batchpilot/v1/tuner.proto again
+	$(BIN)/python -m grpc_tools.protoc -I batchpilot/protos=protos --python_out=src --pyi_out=src --grpc_python_out=src \
+	  batchpilot/protos/batchpilot/v1/tuner.proto
+
+lint: setup  ## ruff, import rules, mypy --strict, and the wire contract: style, and no break since the last release
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=src $(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against $(RELEASED_CONTRACT)
 
 # A KV cache this small binds on purpose: memory is what the policies are compared on.
 SCARCE_MEMORY := --engine live --model smollm2-135m --block-size 32 --max-num-seqs 64 --itl-slo-ms 100
@@ -62,8 +73,16 @@ bench-virtual: setup  ## the README's figures on a virtual RTX 4090 whose KV cac
 bench-predictive: setup  ## every policy against every baseline on virtual GPUs (an hour on two cores; taken up again)
 	$(BIN)/python -m batchpilot.env.contest --json results/predictive.json --html results/predictive.html
 
+bench-predictive-live: setup  ## the real model under a latency target at a Poisson load: six minutes
+	$(BIN)/batchpilot bench --engine live --model smollm2-135m --max-num-seqs 64 --workload chat:output_max=400 \
+	  --arrivals poisson:0.7 --num-requests 20 --itl-slo-ms 50 --ttft-slo-ms 4000 --rounds 3 \
+	  --policies static,memory+sla,predictive --json results/predictive-live.json --html results/predictive-live.html
+
 fidelity: setup  ## the virtual GPU against real runs: replays, and where more sequences stop helping
 	$(BIN)/python -m batchpilot.env.fidelity
+
+fidelity-live: setup  ## the virtual engine against a live one on this machine: calibrates, then compares
+	$(BIN)/python -m batchpilot.env.fidelity_live
 
 compat: setup  ## prove the vLLM adapter against the sources of other releases (downloads wheels)
 	$(BIN)/python -m pytest -m compat -rA tests/test_compat.py $(TEST_ARGS)

@@ -55,7 +55,7 @@ class PolicyKind:
 
 
 def _always(params: Parameters) -> bool:
-    """Learns lengths or step times, one at a time."""
+    """Learns from single lengths, step times or peaks."""
     del params
     return True
 
@@ -107,11 +107,6 @@ def _learned_fingerprint(params: LearnedParameters) -> str:
     return find_learned(params).fingerprint
 
 
-def _learned_needs_steps(params: LearnedParameters) -> bool:
-    """What its base policy needs; its own observation is made of sums."""
-    return PolicySpec.parse(find_learned(params).manifest.base_policy).needs_steps()
-
-
 build_learned.__doc__ = LearnedPolicy.__doc__
 
 POLICIES: dict[str, PolicyKind] = {
@@ -132,7 +127,12 @@ POLICIES: dict[str, PolicyKind] = {
     "gradient2": PolicyKind(Gradient2Parameters, Gradient2Policy),
     "predictive": PolicyKind(PredictiveParameters, PredictivePolicy, needs_steps=_always),
     "learned": PolicyKind(
-        LearnedParameters, build_learned, "artefact", _learned_fingerprint, _learned_needs_steps
+        # Its observation holds peaks, which mean steps would hide.
+        LearnedParameters,
+        build_learned,
+        "artefact",
+        _learned_fingerprint,
+        _always,
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,6 +86,12 @@ class OnnxModel:
         if self._state.size:
             self._state = outputs[1]
         return output
+
+    def twin(self) -> OnnxModel:
+        """Another on the same network, with a memory of its own."""
+        twin = copy.copy(self)
+        twin.clear()
+        return twin
 
     def clear(self) -> None:
         """Forgets its state, as at the start of an episode."""

@@ -7,7 +7,9 @@ is a lifetime, and its distribution is estimated as survival analysis does (`age
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -208,34 +210,30 @@ class LengthEstimator:
 
 
 class _Ring:
-    """The newest rows of a few numbers each, in memory allocated once."""
+    """The newest rows of a few numbers each: pushed in every step, read as columns now and then."""
 
     def __init__(self, capacity: int, columns: int) -> None:
         self.capacity = capacity
-        self._rows = np.zeros((columns, capacity))
-        self._next = 0
-        self._size = 0
+        self._columns = columns
+        self._rows: deque[tuple[float, ...]] = deque()
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._rows)
 
-    def push(self, row: tuple[float, ...]) -> NDArray[np.float64] | None:
+    def push(self, row: tuple[float, ...]) -> tuple[float, ...] | None:
         """Adds a row; returns the one it displaced, if any."""
-        dropped = self._rows[:, self._next].copy() if self._size == self.capacity else None
-        self._rows[:, self._next] = row
-        self._next = (self._next + 1) % self.capacity
-        self._size = min(self._size + 1, self.capacity)
-        return dropped
+        rows = self._rows
+        rows.append(row)
+        return rows.popleft() if len(rows) > self.capacity else None
 
     def values(self) -> NDArray[np.float64]:
         """All rows, oldest first; shape (columns, len)."""
-        begin = self._next - self._size
-        if begin >= 0:
-            return self._rows[:, begin : self._next]
-        return np.concatenate((self._rows[:, begin:], self._rows[:, : self._next]), axis=1)
+        count = len(self._rows) * self._columns
+        numbers = np.fromiter(chain.from_iterable(self._rows), dtype=np.float64, count=count)
+        return numbers.reshape(-1, self._columns).T
 
-    def keep(self, newest: int) -> NDArray[np.float64]:
+    def keep(self, newest: int) -> tuple[float, ...]:
         """Forgets all but the newest rows; returns the newest one forgotten."""
-        forgotten = self.values()[:, -newest - 1].copy()
-        self._size = newest
-        return forgotten
+        while len(self._rows) > newest + 1:
+            self._rows.popleft()
+        return self._rows.popleft()

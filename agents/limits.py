@@ -62,6 +62,8 @@ class EngineFacts:
         block_size: Tokens per KV block.
         tokens_per_decode: Tokens one decoding sequence takes of a step: 1, more when speculating.
         unchunked_prefill_tokens: Longest prompt that must fit one step; 0 with chunked prefill.
+        prefill_block_tokens: Tokens a prefill advances by where it must end on a block (Mamba
+            layers whose state is cached); 0 where any number will do.
     """
 
     startup_limits: BatchLimits
@@ -69,6 +71,7 @@ class EngineFacts:
     block_size: int
     tokens_per_decode: int = 1
     unchunked_prefill_tokens: int = 0
+    prefill_block_tokens: int = 0
 
     @property
     def kv_capacity_tokens(self) -> int:

@@ -67,8 +67,9 @@ class MemoryPeakPolicy:
 
     Limitations: it does not know a request's own length, only the distribution of all; a shift of
     lengths is learned within some tens of completions. A look at every sequence costs O(N log N),
-    so a shut door is tried again only when a sequence ends or after `recheck_steps`, and no more
-    often than every N / 32 steps; one that ends in between makes no room.
+    so it grants places to as many waiting requests as fit, and looks again once they are in or
+    after `recheck_steps`; a shut door is tried again when a sequence ends, no more often than every
+    N / 32 steps. One that ends in between makes no room, and a preemption takes the grant back.
     """
 
     def __init__(
@@ -80,57 +81,64 @@ class MemoryPeakPolicy:
         self._by_blocks = MemoryPolicy(MemoryParameters(memory_factor=COLD_START_MEMORY_FACTOR))
         self._lengths = lengths or LengthEstimator()
         self._decision: Decision | None = None
+        self._idle: Decision | None = None
         self._running = 0
         self._grant = 0
+        self._guesses = True
         self._steps_since_look = params.recheck_steps
         self._must_look = True
 
     def observe(self, step: StepRecord) -> None:
-        """Counts arrivals and completions."""
+        """Counts arrivals and completions; a preemption shuts the door until the next look."""
         self._lengths.observe(step)
+        if step.preemptions:
+            self._grant = 0
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
         """Opens the door for as many as a look finds room for; they may come in over many steps."""
+        running, waiting = snapshot.running, snapshot.waiting
         self._steps_since_look += 1
-        self._grant = max(0, self._grant - max(0, snapshot.running - self._running))
+        if running > self._running:
+            self._grant = max(0, self._grant - (running - self._running))
         # Fewer run than a step ago: some have ended or were preempted, and the peak has moved.
-        if not snapshot.waiting or snapshot.running < self._running:
+        elif running < self._running:
             self._must_look = True
-        decision = self._decision
-        if snapshot.waiting and self._may_look(snapshot.running):
-            decision = self._look(snapshot)
-        elif decision is None or decision.limits.max_num_seqs != snapshot.running + self._grant:
-            decision = self._until_next_look(snapshot)
-        self._running = snapshot.running
-        self._decision = decision
-        return decision
+        self._running = running
+        if not waiting:
+            self._must_look, self._grant = True, 0
+            self._decision = self._idle = self._idle or startup_decision(snapshot, "nothing waits")
+        elif self._decision is None or self._may_look(snapshot):
+            self._decision = self._look(snapshot)
+        elif self._decision.limits.max_num_seqs != running + self._grant:
+            granted = running + self._grant
+            reason = "peak of future memory, as last looked at"
+            self._decision = memory_decision(snapshot, granted, reason)
+        return self._decision
 
-    def _may_look(self, running: int) -> bool:
-        if not self._must_look:
-            return self._steps_since_look >= self._recheck_steps
-        return self._steps_since_look > running // SEQUENCES_LOOKED_AT_PER_STEP
-
-    def _until_next_look(self, snapshot: EngineSnapshot) -> Decision:
-        """Those granted and nobody else; with nobody waiting, the start-up limits."""
-        if not snapshot.waiting:
-            return startup_decision(snapshot, "nothing waits")
-        granted = snapshot.running + self._grant
-        return memory_decision(snapshot, granted, "peak of future memory, as last looked at")
+    def _may_look(self, snapshot: EngineSnapshot) -> bool:
+        """Whether a look is due: not where nobody could come in, nor while those granted do."""
+        if snapshot.running >= snapshot.engine.startup_limits.max_num_seqs:
+            return False
+        if self._must_look and (self._grant == 0 or self._guesses):
+            return self._steps_since_look > snapshot.running // SEQUENCES_LOOKED_AT_PER_STEP
+        return self._steps_since_look >= self._recheck_steps
 
     def _look(self, snapshot: EngineSnapshot) -> Decision:
         running = snapshot.read_running()
-        most = snapshot.engine.startup_limits.max_num_seqs - snapshot.running
-        waiting = snapshot.read_waiting(min(CANDIDATES, most, snapshot.waiting))
-        # Preempted requests wait at the head of the queue; they too have an age.
-        lengths = self._lengths.estimate([s.output_tokens for s in (*running, *waiting)])
+        waiting = snapshot.read_waiting(min(CANDIDATES, snapshot.waiting))
+        lengths = self._lengths.latest
+        if self._lengths.is_stale:
+            # Preempted requests wait at the head of the queue; they too have an age.
+            lengths = self._lengths.estimate([s.output_tokens for s in (*running, *waiting)])
         self._steps_since_look = 0
         if lengths is None or lengths.relative_error > LARGEST_RELATIVE_ERROR or not running:
-            self._must_look = True
+            self._must_look = self._guesses = True
             decision = self._by_blocks.decide(snapshot)
             self._grant = decision.limits.max_num_seqs - snapshot.running
             return decision
+        self._guesses = False
         self._grant = self._admissible(snapshot, running, waiting, lengths)
-        # After those there may be room for more.
+        # Once those are in there may be room for more.
         self._must_look = self._grant > 0
         return memory_decision(snapshot, snapshot.running + self._grant, "peak of future memory")
 

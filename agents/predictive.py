@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
+from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import BatchLimits, Decision, EngineSnapshot, Source, StepRecord
 from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
 from batchpilot.agents.parameters import Parameters, parameter
+from batchpilot.agents.prefill_queue import PrefillQueue
 from batchpilot.agents.step_time import StepTimeEstimator
 
 #: The target is aimed at from below by so many standard deviations of the step time's noise.
@@ -17,6 +19,11 @@ NOISE_MARGIN = 2.0
 #: once the error or the noise of its innovations is above the second.
 TRUSTED_ERROR = 0.1
 DOUBTED_ERROR = 0.2
+#: A step that may be late takes at most so many times what others aim at: longer ones compute
+#: hardly more tokens a second, and a short answer would feel them.
+LATE_STEP = 3.0
+#: Share of the time to the first token that is planned with.
+TTFT_AIM = 0.9
 #: Steps between two looks at whether the model can be trusted, and at the latency's batch size.
 CHECK_STEPS = 16
 
@@ -71,8 +78,14 @@ class PredictivePolicy:
             if params.itl_slo_ms is None
             else MemorySlaPolicy(MemorySlaParameters(itl_slo_ms=params.itl_slo_ms))
         )
+        self._ttft_target = (
+            None if params.ttft_slo_ms is None else TTFT_AIM * params.ttft_slo_ms / 1e3
+        )
+        self._late_gaps = None if self._target is None else LateGapBudget(self._target)
+        self._queue = PrefillQueue()
         self.step_time = StepTimeEstimator()
         self._trusted = False
+        self._slow_start = self._chunk
         self._latency_limit = 1
         self._steps_to_check = 0
         self._decision: Decision | None = None
@@ -82,6 +95,12 @@ class PredictivePolicy:
         self._memory.observe(step)
         if self._guard is not None:
             self.step_time.observe(step)
+            self._queue.observe(step)
+        if self._late_gaps is not None:
+            self._late_gaps.observe(step)
+            if not self._trusted and step.regular and self._target is not None:
+                self._start_slowly(step, self._target)
+        if self._guard is not None:
             self._guard.observe(step)
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
@@ -99,15 +118,29 @@ class PredictivePolicy:
         if self._steps_to_check <= 0:
             self._check(snapshot, self._target)
         if not self._trusted:
-            reason = "the step time is not known well enough yet"
-            limits = guard.limits
-            return self._decided(
-                limits.max_num_seqs, limits.max_num_batched_tokens, Source.MEMORY_SLA, reason
-            )
+            return self._cautious(snapshot, guard)
         return self._predict(snapshot, memory, self._target)
 
+    def _cautious(self, snapshot: EngineSnapshot, guard: Decision) -> Decision:
+        """The guard's sequence limit; a token budget that has kept the target so far."""
+        tokens = guard.limits.max_num_batched_tokens
+        if snapshot.decode_seqs:
+            decode_tokens = snapshot.decode_seqs * snapshot.engine.tokens_per_decode
+            tokens = min(tokens, decode_tokens + self._slow_start)
+        reason = "the step time is not known well enough"
+        return self._decided(guard.limits.max_num_seqs, tokens, Source.MEMORY_SLA, reason)
+
+    def _start_slowly(self, step: StepRecord, target: float) -> None:
+        """Doubles the prompt tokens of a step while they keep the target, else halves them."""
+        if step.seconds > target:
+            self._slow_start = max(self._chunk, self._slow_start // 2)
+        elif 2 * step.prefill_tokens >= self._slow_start:
+            self._slow_start *= 2
+
     def _aim(self, target: float) -> float:
-        return target / (1 + NOISE_MARGIN * self.step_time.noise)
+        """The time a step may take: further below the target, the more gaps were late lately."""
+        late = self._late_gaps.used if self._late_gaps is not None else 1.0
+        return target / (1 + NOISE_MARGIN * late * self.step_time.noise)
 
     def _kv_tokens(self, snapshot: EngineSnapshot) -> int:
         return snapshot.used_blocks * snapshot.engine.block_size
@@ -122,13 +155,29 @@ class PredictivePolicy:
             seqs = max(1, snapshot.running)
         tokens = startup.max_num_batched_tokens
         if decodes:
-            prefill = self.step_time.largest_prefill(
-                decodes, self._kv_tokens(snapshot), self._aim(target)
-            )
+            kv_tokens, aim = self._kv_tokens(snapshot), self._aim(target)
+            prefill = self.step_time.largest_prefill(decodes, kv_tokens, aim)
             if prefill < self._chunk:
                 prefill, reason = self._chunk, "the least chunk: the target leaves no more"
+            if self._spends(snapshot, prefill, aim):
+                prefill = self.step_time.largest_prefill(decodes, kv_tokens, LATE_STEP * aim)
+                reason = "a late first token is worth a slow step"
             tokens = min(decodes * snapshot.engine.tokens_per_decode + prefill, tokens)
         return self._decided(seqs, tokens, Source.PREDICTIVE, reason)
+
+    def _spends(self, snapshot: EngineSnapshot, prefill: int, aim: float) -> bool:
+        """Whether this step may be late so that a first token need not be."""
+        queue, budget = self._queue, self._late_gaps
+        if self._ttft_target is None or budget is None:
+            return False
+        queue.update(snapshot)
+        spends = (
+            queue.backlog_tokens > prefill
+            and budget.allows(snapshot.decode_seqs)
+            and queue.is_late(snapshot.clock_seconds, prefill / aim, self._ttft_target)
+        )
+        budget.plan(snapshot.decode_seqs if spends else 0)
+        return spends
 
     def _check(self, snapshot: EngineSnapshot, target: float) -> None:
         """Whether the model can be trusted at its working point, and how large a batch may be."""

@@ -18,7 +18,7 @@ from batchpilot.env.engine import Engine, EngineRequest
 from batchpilot.env.env_parameters import EnvParameters
 from batchpilot.env.episode import OpenedEngine
 from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
-from batchpilot.env.models import resolve_model
+from batchpilot.env.models import longest_that_fits, resolve_model
 from batchpilot.env.request_stream import RequestStream
 from batchpilot.env.reward import MeanLengths
 from batchpilot.env.workloads import SATURATED, WorkloadSpec
@@ -71,6 +71,7 @@ class LiveBatchLimitsEnv(SteeredEngineEnv[LiveEnvParameters]):
 
     def _open(self, mean: MeanLengths) -> OpenedEngine:
         p = self.params
+        longest = longest_that_fits(resolve_model(p.model), p.kv_blocks or 0, p.block_size)
         engine = LiveEngine(
             LiveEngineConfig(
                 model=p.model,
@@ -78,7 +79,7 @@ class LiveBatchLimitsEnv(SteeredEngineEnv[LiveEnvParameters]):
                 max_num_batched_tokens=p.max_num_batched_tokens,
                 kv_blocks=p.kv_blocks,
                 block_size=p.block_size,
-                max_model_len=p.max_model_len or _longest(p),
+                max_model_len=p.max_model_len or longest,
                 enable_prefix_caching=p.enable_prefix_caching,
             )
         )
@@ -105,14 +106,6 @@ class LiveBatchLimitsEnv(SteeredEngineEnv[LiveEnvParameters]):
         )
         while stream.next_seconds is not None:
             yield from (arrival.request for arrival in stream.due(0.0, lambda: 0))
-
-
-def _longest(params: LiveEnvParameters) -> int | None:
-    """The model's own limit, or what the KV cache holds where that is less: vLLM insists."""
-    if params.kv_blocks is None:
-        return None
-    capacity = (params.kv_blocks - 1) * params.block_size  # one block is vLLM's own
-    return min(resolve_model(params.model).max_model_len, capacity)
 
 
 def measured_capacity(engine: Engine, requests: Iterator[EngineRequest], seconds: float) -> float:

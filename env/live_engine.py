@@ -15,14 +15,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
-from batchpilot.agents.limits import BatchLimits, Decision, EngineFacts, EngineSnapshot, StepRecord
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
-from batchpilot.agents.policy import LimitPolicy
-from batchpilot.env.engine import EngineRequest, EngineStep, SchedulerHook
+from batchpilot.env.engine import EngineRequest, EngineStep
 from batchpilot.env.models import ModelSource, resolve_model
 from batchpilot.env.process import prepare_process
+from batchpilot.env.steered_engine import SteeredEngine, refuse_hook_settings
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class LiveEngineConfig(Parameters):
             )
 
 
-class LiveEngine:
+class LiveEngine(SteeredEngine):
     """vLLM in this process, stepped by `step`; implements `batchpilot.env.engine.Engine`.
 
     One engine at a time: vLLM keeps process-wide state. It is a context manager that closes itself.
@@ -94,6 +93,7 @@ class LiveEngine:
 
     def __init__(self, config: LiveEngineConfig) -> None:
         """Loads the model, which takes seconds."""
+        refuse_hook_settings()
         self.config = config
         _set_environment()
         self.model = resolve_model(config.model)
@@ -101,59 +101,17 @@ class LiveEngine:
         with _quiet_start():
             self._llm: Any = _start(_vllm_config(config, self.model))
         logger.info("vLLM is ready after %.1f s", time.perf_counter() - started)
-        self.max_model_len: int = self._llm.model_config.max_model_len
-        self._scheduler: Any = self._llm.engine_core.engine_core.scheduler
-        self._hook: SchedulerHook = self._scheduler.batchpilot
-        self._check_steered()
         self._started_at = time.perf_counter()
-        self._record: StepRecord | None = None
-        self._unfinished: dict[str, EngineRequest] = {}
-        self._steered = False
-        self._hook.set_clock(lambda: self.clock_seconds)
-        self._hook.set_policy(None)
-        self._hook.set_listener(self._hear)
-
-    @property
-    def facts(self) -> EngineFacts:
-        """What does not change while it runs."""
-        return self._open_hook().facts
+        super().__init__(
+            self._llm.engine_core.engine_core.scheduler,
+            self._llm.model_config.max_model_len,
+            lambda: self.clock_seconds,
+        )
 
     @property
     def clock_seconds(self) -> float:
         """Seconds since the engine was ready."""
         return time.perf_counter() - self._started_at
-
-    @property
-    def applied_limits(self) -> BatchLimits:
-        """The limits of the newest step."""
-        return self._open_hook().applied_limits
-
-    @property
-    def decision(self) -> Decision | None:
-        """The newest decision behind them, None before the first."""
-        return self._open_hook().decision
-
-    def snapshot(self) -> EngineSnapshot:
-        """What a policy would see now, in this engine's clock."""
-        return self._open_hook().snapshot()
-
-    def set_policy(self, policy: LimitPolicy | None, *, watermark: float = 0.0) -> None:
-        """Steers by `policy` from the next step on; None leaves vLLM alone.
-
-        Args:
-            policy: Decides before each step.
-            watermark: vLLM's own share of KV blocks kept free at admission, from 0 to below 1.
-
-        Raises:
-            ValueError: A watermark out of range.
-        """
-        if not 0.0 <= watermark < 1.0:
-            raise ValueError(f"watermark={watermark} must be at least 0 and below 1")
-        self._open_hook().set_policy(policy)
-        self._steered = policy is not None
-        # As vLLM computes it at start, from its own count of blocks.
-        manager = self._scheduler.kv_cache_manager
-        manager.watermark_blocks = int(watermark * self._scheduler.kv_cache_config.num_blocks)
 
     def add_request(self, request: EngineRequest) -> None:
         """Queues a request; it generates exactly `output_tokens` tokens.
@@ -186,10 +144,6 @@ class LiveEngine:
         self._unfinished.clear()
         return len(request_ids)
 
-    def has_unfinished_requests(self) -> bool:
-        """Whether `step` has anything left to do."""
-        return bool(self._unfinished)
-
     def step(self) -> EngineStep:
         """Runs one step; with asynchronous scheduling the first call only queues one.
 
@@ -202,7 +156,7 @@ class LiveEngine:
         self._record = None
         outputs = llm.step()
         clock = self.clock_seconds
-        if self._steered:
+        if self._policy is not None:
             self._check_steered()
         new_tokens = {o.request_id: len(o.outputs[0].token_ids) for o in outputs}
         finished = tuple(output.request_id for output in outputs if output.finished)
@@ -226,74 +180,32 @@ class LiveEngine:
         Raises:
             RuntimeError: Requests are still unfinished, or vLLM still holds their blocks.
         """
-        llm = self._open_llm()
-        if self._unfinished:
-            raise RuntimeError(
-                f"cannot reset with {len(self._unfinished)} unfinished requests; "
-                "step until they finish, or abort_all()"
-            )
+        self._check_open()
+        self._check_idle()
         self._drain()
-        if not llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not drop its prefix cache: blocks are still in use")
+        self._drop_prefix_cache()
 
     def close(self) -> None:
         """Shuts vLLM down and frees its memory; a second call does nothing."""
         if self._llm is None:
             return
-        llm, self._llm, self._scheduler = self._llm, None, None
-        self._hook.set_listener(None)
-        self._unfinished.clear()
+        super().close()
+        llm, self._llm = self._llm, None
         llm.engine_core.shutdown()
         del llm
         gc.collect()
 
-    def __enter__(self) -> Self:
-        """The engine itself."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Closes it."""
-        self.close()
-
-    def _hear(self, record: StepRecord) -> None:
-        self._record = record
-
     def _open_llm(self) -> Any:
-        if self._llm is None:
-            raise RuntimeError("this engine is closed")
+        self._check_open()
         return self._llm
 
-    def _open_hook(self) -> SchedulerHook:
-        self._open_llm()
-        return self._hook
-
-    def _check_steered(self) -> None:
-        reason = self._hook.passthrough_reason
-        if reason is not None:
-            raise RuntimeError(f"batchpilot does not steer this engine: {reason}")
-
     def _check_request(self, request: EngineRequest) -> None:
-        """Raises for what vLLM would refuse, or would keep waiting for ever."""
-        name, prompt = request.request_id, request.prompt_token_ids
-        if name in self._unfinished:
-            raise ValueError(f"request id {name!r} is in use")
-        if not prompt:
-            raise ValueError(f"request {name!r}: the prompt is empty")
-        if request.output_tokens < 1:
-            raise ValueError(f"request {name!r}: output_tokens={request.output_tokens} is below 1")
-        if min(prompt) < 0 or max(prompt) >= self.model.vocab_size:
+        super()._check_request(request)
+        least, most = min(request.prompt_token_ids), max(request.prompt_token_ids)
+        if least < 0 or most >= self.model.vocab_size:
             raise ValueError(
-                f"request {name!r}: token ids {min(prompt)} to {max(prompt)} are not all in "
+                f"request {request.request_id!r}: token ids {least} to {most} are not all in "
                 f"0 to {self.model.vocab_size - 1}"
-            )
-        # The last token is never written to the cache: nothing is generated from it.
-        capacity = self._hook.facts.kv_capacity_tokens + 1
-        longest = min(self.max_model_len, capacity)
-        if len(prompt) + request.output_tokens > longest:
-            raise ValueError(
-                f"request {name!r}: {len(prompt)} prompt + {request.output_tokens} output tokens "
-                f"are more than {longest} (max_model_len {self.max_model_len}, "
-                f"KV cache {capacity - 1} tokens)"
             )
 
     def _drain(self) -> None:

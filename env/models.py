@@ -14,7 +14,14 @@ from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.cache import build_once, cache_folder
 from batchpilot.env.smollm2 import smollm2_path
 
-__all__ = ["MODEL_NAMES", "ModelSource", "resolve_model", "smollm2_path", "tiny_model_path"]
+__all__ = [
+    "MODEL_NAMES",
+    "ModelSource",
+    "longest_that_fits",
+    "resolve_model",
+    "smollm2_path",
+    "tiny_model_path",
+]
 
 # Small enough for 10,000 tokens/s on two cores, deep enough that every layer kind of vLLM's runs.
 TINY_CONFIG = {
@@ -58,6 +65,25 @@ class ModelSource:
     max_model_len: int
     load_format: str = "auto"
     skip_tokenizer_init: bool = False
+
+
+def longest_that_fits(model: ModelSource, kv_blocks: int, block_size: int) -> int:
+    """The model's own limit, or what the KV cache holds where that is less: vLLM insists.
+
+    Args:
+        model: The model.
+        kv_blocks: KV blocks; 0 fills the memory.
+        block_size: Tokens per block.
+
+    Raises:
+        ConfigError: Too few blocks for any request.
+    """
+    if not kv_blocks:
+        return model.max_model_len
+    capacity = (kv_blocks - 1) * block_size  # vLLM keeps one block for itself
+    if capacity < 2:
+        raise ConfigError(f"kv_blocks={kv_blocks} must be at least 2, or 0 for all memory")
+    return min(model.max_model_len, capacity)
 
 
 def tiny_model_path(cache_dir: Path | None = None) -> Path:

@@ -22,17 +22,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
-from batchpilot.agents.limits import BatchLimits, Decision, EngineFacts, EngineSnapshot, StepRecord
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
-from batchpilot.agents.policy import LimitPolicy
 from batchpilot.env.cache import build_once, cache_folder
-from batchpilot.env.engine import EngineRequest, EngineStep, SchedulerHook
+from batchpilot.env.engine import EngineRequest, EngineStep
 from batchpilot.env.models import TINY_CONFIG
 from batchpilot.env.process import prepare_process
 from batchpilot.env.profiles import GpuProfile, load_profile
 from batchpilot.env.scheduler_core import SchedulerCore, SchedulerCoreConfig
+from batchpilot.env.steered_engine import SteeredEngine, refuse_hook_settings
 
 #: Token ids of prompts run from 0 to this, exclusive; no model reads them, only the prefix cache.
 VOCAB_SIZE = 128_000
@@ -96,7 +95,7 @@ class _Step(NamedTuple):
     seconds: float
 
 
-class VirtualEngine:
+class VirtualEngine(SteeredEngine):
     """A simulated vLLM on a virtual clock; implements `batchpilot.env.engine.Engine`.
 
     Each `step` completes one engine step and moves the clock to its end. Any number of engines can
@@ -111,71 +110,25 @@ class VirtualEngine:
 
     def __init__(self, config: VirtualEngineConfig) -> None:
         """Builds vLLM's scheduler: a second, and milliseconds for a configuration seen before."""
+        refuse_hook_settings()
         prepare_process()
         self.config = config
         self.profile = (
             load_profile(config.profile) if isinstance(config.profile, str) else config.profile
         )
         core_config = _core_config(config, self.profile)
-        self.max_model_len = core_config.max_model_len
         self._core = SchedulerCore(core_config, _model_folder())
         _relieve_garbage_collector()
-        self._hook: SchedulerHook = self._core.hook
         self._seconds = self.profile.step_time.seconds
         self._in_flight: deque[_Step] = deque()
-        self._unfinished: set[str] = set()
-        self._policy: LimitPolicy | None = None
-        self._record: StepRecord | None = None
-        self._closed = False
         self._clock = self._gpu_free_at = 0.0
         self._chance = random.Random(config.seed)
-        self._hook.set_clock(lambda: self._clock)
-        self._hook.set_policy(None)
-        self._hook.set_listener(self._hear)
-
-    @property
-    def facts(self) -> EngineFacts:
-        """What does not change while it runs."""
-        return self._hook.facts
+        super().__init__(self._core.scheduler, core_config.max_model_len, lambda: self._clock)
 
     @property
     def clock_seconds(self) -> float:
         """Virtual seconds since the last reset."""
         return self._clock
-
-    @property
-    def applied_limits(self) -> BatchLimits:
-        """The limits of the newest step."""
-        return self._hook.applied_limits
-
-    @property
-    def decision(self) -> Decision | None:
-        """The newest decision behind them, None before the first."""
-        return self._hook.decision
-
-    def snapshot(self) -> EngineSnapshot:
-        """What a policy would see now, in virtual time."""
-        return self._hook.snapshot()
-
-    def set_policy(self, policy: LimitPolicy | None, *, watermark: float = 0.0) -> None:
-        """Steers by `policy` from the next step on; None leaves vLLM alone.
-
-        Args:
-            policy: Decides before each step.
-            watermark: vLLM's own share of KV blocks kept free at admission, from 0 to below 1.
-
-        Raises:
-            ValueError: A watermark out of range.
-        """
-        if not 0.0 <= watermark < 1.0:
-            raise ValueError(f"watermark={watermark} must be at least 0 and below 1")
-        self._open_core()
-        self._policy = policy
-        self._hook.set_policy(policy)
-        # As vLLM computes it at start, from its own count of blocks.
-        scheduler = self._core.scheduler
-        blocks = int(watermark * scheduler.kv_cache_config.num_blocks)
-        scheduler.kv_cache_manager.watermark_blocks = blocks
 
     def add_request(self, request: EngineRequest) -> None:
         """Queues a request now; it generates exactly `output_tokens` tokens.
@@ -183,14 +136,15 @@ class VirtualEngine:
         Raises:
             ValueError: The engine can never serve it: empty, too long, or an id in use.
         """
+        self._check_open()
         self._check_request(request)
         self._open_core().add_request(request)
-        self._unfinished.add(request.request_id)
+        self._unfinished[request.request_id] = request
 
     def abort_request(self, request_id: str) -> None:
         """Ends a request early; unknown ids are ignored."""
         self._open_core().abort_request(request_id)
-        self._unfinished.discard(request_id)
+        self._unfinished.pop(request_id, None)
 
     def abort_all(self) -> int:
         """Ends every unfinished request, as at the end of an episode.
@@ -198,15 +152,10 @@ class VirtualEngine:
         Returns:
             How many there were.
         """
-        # In order of their names: a set's own order differs from process to process.
-        request_ids = sorted(self._unfinished)
+        request_ids = list(self._unfinished)
         for request_id in request_ids:
             self.abort_request(request_id)
         return len(request_ids)
-
-    def has_unfinished_requests(self) -> bool:
-        """Whether `step` has anything left to do."""
-        return bool(self._unfinished)
 
     def step(self) -> EngineStep:
         """Runs one step to its end and moves the clock there.
@@ -221,7 +170,8 @@ class VirtualEngine:
         if self._policy is not None:
             self._check_steered()
         finished = tuple(o.request_id for o in outputs if o.finish_reason is not None)
-        self._unfinished.difference_update(finished)
+        for request_id in finished:
+            self._unfinished.pop(request_id, None)
         return EngineStep(
             clock_seconds=self._clock,
             new_tokens={o.request_id: len(o.new_token_ids) for o in outputs if o.new_token_ids},
@@ -245,33 +195,19 @@ class VirtualEngine:
         Raises:
             RuntimeError: Requests are still unfinished, or vLLM still holds their blocks.
         """
-        core = self._open_core()
-        if self._unfinished:
-            raise RuntimeError(
-                f"cannot reset with {len(self._unfinished)} unfinished requests; "
-                "step until they finish, or abort_all()"
-            )
+        self._check_open()
+        self._check_idle()
         self._drain()
-        if not core.scheduler.reset_prefix_cache():
-            raise RuntimeError("vLLM did not drop its prefix cache: blocks are still in use")
+        self._drop_prefix_cache()
         self._rewind(self.config.seed if seed is None else seed)
         self._hook.set_policy(self._policy)
 
     def close(self) -> None:
         """Frees the scheduler; a second call does nothing."""
-        if self._closed:
+        if self._scheduler is None:
             return
-        self._closed = True
-        self._hook.set_listener(None)
+        super().close()
         self._core.scheduler.shutdown()
-
-    def __enter__(self) -> Self:
-        """The engine itself."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Closes it."""
-        self.close()
 
     def _rewind(self, seed: int) -> None:
         self._clock = 0.0
@@ -335,37 +271,9 @@ class VirtualEngine:
             self._run_step()
         raise RuntimeError(f"vLLM still holds requests {_MOST_DRAIN_STEPS} steps after the last")
 
-    def _hear(self, record: StepRecord) -> None:
-        self._record = record
-
     def _open_core(self) -> SchedulerCore:
-        if self._closed:
-            raise RuntimeError("this engine is closed")
+        self._check_open()
         return self._core
-
-    def _check_steered(self) -> None:
-        reason = self._hook.passthrough_reason
-        if reason is not None:
-            raise RuntimeError(f"batchpilot does not steer this engine: {reason}")
-
-    def _check_request(self, request: EngineRequest) -> None:
-        """Raises for what vLLM would refuse, or would keep waiting for ever."""
-        name, prompt = request.request_id, len(request.prompt_token_ids)
-        if name in self._unfinished:
-            raise ValueError(f"request id {name!r} is in use")
-        if not prompt:
-            raise ValueError(f"request {name!r}: the prompt is empty")
-        if request.output_tokens < 1:
-            raise ValueError(f"request {name!r}: output_tokens={request.output_tokens} is below 1")
-        # The last token is never written to the cache: nothing is generated from it.
-        capacity = self.facts.kv_capacity_tokens + 1
-        longest = min(self.max_model_len, capacity)
-        if prompt + request.output_tokens > longest:
-            raise ValueError(
-                f"request {name!r}: {prompt} prompt + {request.output_tokens} output tokens are "
-                f"more than {longest} (max_model_len {self.max_model_len}, "
-                f"KV cache {capacity - 1} tokens)"
-            )
 
 
 def _core_config(config: VirtualEngineConfig, profile: GpuProfile) -> SchedulerCoreConfig:

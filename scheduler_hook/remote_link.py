@@ -60,7 +60,7 @@ def hello(settings: HookSettings, engine: EngineIdentity) -> wire.EngineHello:
     return wire.EngineHello(
         id=wire.EngineId(
             group=settings.service_group,
-            engine=settings.service_engine or f"{socket.gethostname()}-{os.getpid()}",
+            engine=settings.service_engine or f"{socket.gethostname()}:{os.getpid()}",
             data_parallel_rank=engine.rank,
         ),
         facts=facts_message(engine.facts),
@@ -69,6 +69,6 @@ def hello(settings: HookSettings, engine: EngineIdentity) -> wire.EngineHello:
         batchpilot_version=__version__,
         itl_slo_ms=settings.itl_slo_ms,
         ttft_slo_ms=settings.ttft_slo_ms,
-        min_num_seqs=settings.min_num_seqs,
+        min_num_seqs=min(settings.min_num_seqs, engine.facts.startup_limits.max_num_seqs),
         min_prefill_chunk=settings.min_prefill_chunk,
     )

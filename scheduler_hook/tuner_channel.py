@@ -21,6 +21,8 @@ LONGEST_ANSWER_BYTES = 64 * 1024
 _TARGET = re.compile(
     r"unix:/.+|(?:dns:///)?(?:[A-Za-z0-9_.-]+|\[[0-9a-fA-F:.]+\]):(?P<port>\d{1,5})"
 )
+#: What the service takes as a name.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", LONGEST_ANSWER_BYTES),
     # Each attempt stands alone: gRPC's own backoff and its shared connections would add to ours.
@@ -37,6 +39,14 @@ class ServiceSettings(Protocol):
     @property
     def service_targets(self) -> str:
         """Addresses, separated by commas."""
+
+    @property
+    def service_group(self) -> str:
+        """The engines this one shares a policy with."""
+
+    @property
+    def service_engine(self) -> str | None:
+        """This server's name in its group."""
 
     @property
     def service_ca_file(self) -> str | None:
@@ -62,6 +72,13 @@ def check(settings: ServiceSettings) -> None:
         ConfigError: Something that can never work, or would send a secret in clear.
     """
     targets = parse_targets(settings.service_targets)
+    for name in ("service_group", "service_engine"):
+        text = getattr(settings, name)
+        if text is not None and not _NAME.fullmatch(text):
+            raise ConfigError(
+                f"{name}={text[:40]!r} must be 1 to 128 letters, digits or ._:/@- and begin with "
+                "a letter or digit"
+            )
     files = ("service_ca_file", "service_cert_file", "service_key_file", "service_token_file")
     for name in files:
         path = getattr(settings, name)

@@ -120,6 +120,7 @@ class TunerClient:
         )
         self._process: int | None = None
         self._last_failure: str | None = None
+        self._silent_sessions = 0
         self._prepare()
 
     def _prepare(self) -> None:
@@ -163,6 +164,16 @@ class TunerClient:
             session.end()
         if thread is not None and self._process == os.getpid():
             thread.join(timeout=CLOSE_SECONDS)
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a report may go without an answer before the stream is given up.
+
+        At first no longer than the longest lease: a later answer could bring nothing any more, and
+        another replica may live. Twice as long after each stream that said welcome and nothing
+        else: a service whose policy has failed still wants the reports.
+        """
+        return float(self.leases.longest_seconds * 2 ** min(self._silent_sessions, 5))
 
     def welcomed(self, target: str, welcome: wire.Welcome) -> None:
         """The service says how to go on."""
@@ -209,13 +220,16 @@ class TunerClient:
             session = self._session = TunerSession(self, target)
             if self._closing.is_set():
                 return "closing"
-            return session.run(channel)
+            why = session.run(channel)
+            self._silent_sessions += why.startswith("SILENT")
+            return why
         finally:
             self._session = None
             self.stats.connected = False
             channel.close()
             if self.stats.leases["accepted"] > accepted_before:
                 self._backoff.reset()
+                self._silent_sessions = 0
 
     def _lost(self, target: str, why: str) -> None:
         """Counts the failure; logs it once until something changes."""

@@ -125,9 +125,8 @@ class TunerSession:
         if not self._welcome.is_set():
             return "SILENT: no welcome" if now - self._opened_at > WELCOME_SECONDS else ""
         since = self._leases.unanswered_since()
-        if since is not None and now - since > self._client.leases.longest_seconds:
-            # Whatever answer still came, its lease would be over.
-            return "SILENT: a report has no answer within the longest lease"
+        if since is not None and now - since > self._client.patience_seconds:
+            return f"SILENT: no answer to a report in {now - since:.1f} s"
         return ""
 
     def _message(self, report: EngineReport) -> wire.Report:

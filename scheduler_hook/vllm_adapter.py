@@ -226,6 +226,7 @@ class VllmAdapter:
             block_size=scheduler.block_size,
             tokens_per_decode=1 + scheduler.num_spec_tokens,
             unchunked_prefill_tokens=0 if chunked else config.model_config.max_model_len,
+            prefill_block_tokens=scheduler.block_size if _splits_at_blocks(scheduler) else 0,
         )
         # Requests admitted and not yet finished, and those of them that still prefill.
         self._admitted: dict[str, Any] = {}
@@ -283,7 +284,13 @@ class VllmAdapter:
 
     def read_running(self) -> Sequence[SequenceState]:
         """Every sequence in RUNNING; O(N)."""
-        return [_state(request) for request in self._scheduler.running]
+        prefilling = self._prefilling
+        return [
+            _state(request)
+            if request.request_id in prefilling
+            else SequenceState(request.num_computed_tokens, request.num_output_tokens, 0)
+            for request in self._scheduler.running
+        ]
 
     def read_waiting(self, count: int) -> Sequence[SequenceState]:
         """The next waiting requests; a priority queue shows only its head."""
@@ -343,7 +350,8 @@ class VllmAdapter:
     def _take_finished(self, request_ids: set[str]) -> tuple[FinishedRequest, ...]:
         taken = []
         prefilling, admitted = self._prefilling, self._admitted
-        for request_id in request_ids:
+        # A set of texts has another order in every process; runs are to be alike.
+        for request_id in request_ids if len(request_ids) == 1 else sorted(request_ids):
             if request_id in prefilling:
                 del prefilling[request_id]
             request = admitted.pop(request_id, None)
@@ -378,6 +386,14 @@ class VllmAdapter:
         for request_id in completed:
             del self._prefilling[request_id]
         return sequences, tokens
+
+
+def _splits_at_blocks(scheduler: Any) -> bool:
+    """Whether prefills must end on a block: hybrid models whose Mamba state is cached.
+
+    Releases that know no such models have no such attribute.
+    """
+    return bool(getattr(scheduler, "need_mamba_block_aligned_split", False))
 
 
 def _state(request: Any) -> SequenceState:

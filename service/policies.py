@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -40,7 +41,7 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
         async with answering("ListPolicies", context, self._meters):
             self._gate.admit(context, *_READERS)
             used = self._promotions.policy(request.group) if request.group else ""
-            policies = self._source.list()
+            policies = await asyncio.to_thread(self._source.list)
             for info in policies:
                 info.in_use = info.policy in (used, used.partition(":")[0])
             return pb.ListPoliciesResponse(policies=policies)

@@ -1,22 +1,41 @@
-"""Where policies come from: the analytic ones by name, the learned ones from the registry."""
+"""Where policies come from: the analytic ones by name, the learned ones from the registry.
+
+A learned policy's network is loaded once for all engines that run it; each engine has its own
+memory of what it has seen.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import grpc
 
-from batchpilot.agents.catalog import POLICIES, PolicySpec
+from batchpilot.agents.artefact import Artefact, sha256_hex
+from batchpilot.agents.catalog import (
+    POLICIES,
+    SELF_CONTAINED,
+    PolicySpec,
+    learned_policy,
+    policy_kind,
+)
+from batchpilot.agents.learned import LearnedParameters, LearnedPolicy
+from batchpilot.agents.learned_model import OnnxModel
+from batchpilot.agents.manifest import ArtefactError
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.policy import LimitPolicy
+from batchpilot.agents.registry import PolicyRegistry
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.refusals import RefusalError
 from batchpilot.service.settings import GroupSettings, ServiceSettings
 
-#: Stand in for targets that a group has not set, when a policy is tried before it is promoted.
+LEARNED = "learned"
+#: Stand in for targets that a group has not set, when a policy is tried before it is used.
 TRIAL_TARGETS: Mapping[str, float] = {"itl_slo_ms": 50.0, "ttft_slo_ms": 1000.0}
+
+Targets = Mapping[str, float | None]
 
 
 class BuiltPolicy(NamedTuple):
@@ -26,21 +45,47 @@ class BuiltPolicy(NamedTuple):
     needs_steps: bool
 
 
-class PolicySource:
-    """Builds policies from their texts."""
+class LoadedNetwork(NamedTuple):
+    """A learned policy that is ready for engines."""
 
-    def build(self, text: str, group: str, targets: Mapping[str, float | None]) -> BuiltPolicy:
+    artefact: Artefact
+    model: OnnxModel
+
+
+class PolicySource:
+    """Builds policies from their texts.
+
+    Args:
+        folder: The registry; None for the one that the environment names.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Loads nothing yet."""
+        self._registry = PolicyRegistry(folder)
+        self._networks: dict[tuple[str, str], LoadedNetwork] = {}
+
+    def build(self, text: str, group: str, targets: Targets) -> BuiltPolicy:
         """A fresh policy for one engine.
+
+        Args:
+            text: The policy's text.
+            group: The engine's, for a learned policy without a version.
+            targets: Shared settings; those that the policy has no parameter for are left out.
 
         Raises:
             ConfigError: There is none of that text, or it cannot be used with these targets.
         """
-        del group
         spec = PolicySpec.parse(text)
+        if spec.name == LEARNED:
+            return BuiltPolicy(self._build_learned(spec, group, targets), needs_steps=True)
         return BuiltPolicy(spec.build(targets), spec.needs_steps(targets))
 
+    def forget_networks(self) -> None:
+        """Looks up anew, from now on, which version of a learned policy is in force."""
+        self._networks.clear()
+
     def check_groups(self, settings: ServiceSettings) -> None:
-        """Tries every policy that the settings name.
+        """Tries every policy that the settings name, and so loads the learned ones.
 
         Raises:
             ConfigError: Naming the group.
@@ -52,31 +97,85 @@ class PolicySource:
                 raise ConfigError(f"group {name}: {error}") from None
 
     async def verify(self, text: str, group: str) -> None:
-        """Tries whether a policy can be built.
+        """Tries a policy that somebody asks for over the network.
 
         Raises:
             RefusalError: NOT_FOUND, INVALID_ARGUMENT or FAILED_PRECONDITION.
         """
         try:
             spec = PolicySpec.parse(text)
-        except ConfigError as error:
-            raise _refusal(grpc.StatusCode.INVALID_ARGUMENT, error) from None
-        if spec.name not in POLICIES:
-            known = ", ".join(POLICIES)
-            raise _refusal(
-                grpc.StatusCode.NOT_FOUND, f"no policy {spec.name!r}; there are: {known}"
-            )
-        try:
+            if spec.name not in POLICIES:
+                raise _refusal(grpc.StatusCode.NOT_FOUND, f"no policy {spec.name!r}")
+            if spec.name == LEARNED:
+                self._check_in_registry(str(spec.parameters.get("artefact", "")))
             await asyncio.to_thread(self.build, text, group, TRIAL_TARGETS)
+        except ArtefactError as error:
+            raise _refusal(grpc.StatusCode.FAILED_PRECONDITION, error) from None
         except ConfigError as error:
             raise _refusal(grpc.StatusCode.INVALID_ARGUMENT, error) from None
 
     def list(self) -> list[pb.PolicyInfo]:
-        """Every policy there is."""
-        return [
-            pb.PolicyInfo(policy=name, summary=_summary(kind.build.__doc__))
-            for name, kind in POLICIES.items()
+        """Every policy there is; reads the registry's files."""
+        analytic = [
+            pb.PolicyInfo(policy=name, summary=_summary(POLICIES[name].build.__doc__))
+            for name in SELF_CONTAINED
         ]
+        learned = [
+            self._describe(name, version)
+            for name in self._registry.names()
+            for version in self._registry.versions(name)
+        ]
+        return analytic + learned
+
+    def _build_learned(self, spec: PolicySpec, group: str, targets: Targets) -> LearnedPolicy:
+        accepted = LearnedParameters.names()
+        given: dict[str, Any] = {k: v for k, v in targets.items() if k in accepted}
+        params = policy_kind(LEARNED).parameters.from_mapping(
+            {**given, "group": group, **spec.parameters}, where=f"policy {LEARNED!r}"
+        )
+        assert isinstance(params, LearnedParameters)
+        network = self._network(params)
+        return learned_policy(network.artefact, params, network.model.twin())
+
+    def _network(self, params: LearnedParameters) -> LoadedNetwork:
+        """Loads a network, once."""
+        key = (params.artefact, params.group)
+        if key not in self._networks:
+            artefact = self._registry.resolve(params.artefact, params.group)
+            same = (n for n in self._networks.values() if n.artefact.onnx == artefact.onnx)
+            shared = next((n.model for n in same if n.artefact == artefact), None)
+            self._networks[key] = LoadedNetwork(artefact, shared or OnnxModel(artefact))
+        return self._networks[key]
+
+    def _check_in_registry(self, text: str) -> None:
+        """Lets nobody name a path of this machine, or a version that is not there.
+
+        Raises:
+            RefusalError: The text is no name, or there is no such policy.
+        """
+        name, at, version = text.partition("@")
+        try:
+            versions = self._registry.versions(name)
+        except ArtefactError as error:
+            raise _refusal(grpc.StatusCode.INVALID_ARGUMENT, error) from None
+        if not versions or (at and version not in versions):
+            known = ", ".join(versions) or "none"
+            raise _refusal(
+                grpc.StatusCode.NOT_FOUND,
+                f"no policy {text[:80]!r} in the registry; versions of {name[:40]!r}: {known}",
+            )
+
+    def _describe(self, name: str, version: str) -> pb.PolicyInfo:
+        info = pb.PolicyInfo(policy=f"{LEARNED}:{name}@{version}")
+        try:
+            artefact = self._registry.load(name, version)
+        except ArtefactError as error:
+            info.problem = str(error)
+            return info
+        manifest = artefact.manifest
+        info.sha256 = sha256_hex(artefact.onnx)
+        info.summary = f"a network of {artefact.parameters} numbers on {manifest.base_policy}"
+        return info
 
 
 def trial_targets(group: GroupSettings) -> dict[str, float | None]:

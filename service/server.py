@@ -30,10 +30,16 @@ from batchpilot.service.policies import PolicyServicer
 from batchpilot.service.policy_source import PolicySource
 from batchpilot.service.promotions import Promotions
 from batchpilot.service.rates import ClientRates
+from batchpilot.service.recorder import Recorder
 from batchpilot.service.refusals import RefusalError
 from batchpilot.service.reload import Reloader, WatchedFile
 from batchpilot.service.sessions import SessionTable
-from batchpilot.service.settings import LimitSettings, ServiceSettings, read_settings
+from batchpilot.service.settings import (
+    LimitSettings,
+    ServiceSettings,
+    StorageSettings,
+    read_settings,
+)
 from batchpilot.service.steering import Steering
 from batchpilot.service.tls import CertificateFiles
 from batchpilot.service.tuner import TunerServicer
@@ -66,7 +72,7 @@ class Service:
     ) -> None:
         """Puts the parts together; opens nothing yet."""
         check_exposure(settings)
-        self._source = PolicySource()
+        self._source = PolicySource(_path(settings.storage.registry))
         self._source.check_groups(settings)
         self._settings = settings
         self._config = config
@@ -87,6 +93,7 @@ class Service:
         )
         self._health = health.aio.HealthServicer()
         self._page = MetricsPage(settings.metrics, self.meters, self.sessions)
+        self._recorder = _recorder(settings.storage)
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.reloader = Reloader(self._watched_files(), self.meters)
@@ -130,6 +137,8 @@ class Service:
         for task in self._tasks:
             task.cancel()
         self._page.close()
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.log.close)
         logger.info("stopped")
 
     def _put_together(self) -> None:
@@ -137,7 +146,7 @@ class Service:
         self._tuner = TunerServicer(
             self._gate,
             self.sessions,
-            Steering(self.groups, source, self.meters),
+            Steering(self.groups, source, self.meters, self._recorder),
             self.meters,
             self._settings.limits.max_watchers,
         )
@@ -178,6 +187,7 @@ class Service:
 
     def _load_config(self) -> None:
         read = self._reread()
+        self._source.forget_networks()
         self._source.check_groups(read)
         self.groups.configure(read.default, read.groups)
 
@@ -218,6 +228,24 @@ def _gate(settings: ServiceSettings) -> Gate:
         is_open=settings.access.file is None and settings.tls.client_ca is None,
         certificate_names_engines=settings.access.certificate_names_engines,
     )
+
+
+def _recorder(settings: StorageSettings) -> Recorder | None:
+    """The experience log, if there is to be one.
+
+    Raises:
+        ConfigError: Its folder cannot be used.
+    """
+    if settings.experience is None:
+        return None
+    # pyarrow costs every process tens of MiB.
+    from batchpilot.service.experience import ExperienceLog, ExperienceSettings
+
+    kept = ExperienceSettings(settings.experience, max_bytes=settings.experience_max_bytes)
+    try:
+        return Recorder(ExperienceLog(kept))
+    except OSError as error:
+        raise ConfigError(f"experience={settings.experience}: {error.strerror}") from None
 
 
 def _path(text: str | None) -> Path | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from batchpilot.agents.features import LatencyTargets
 from batchpilot.agents.limits import BatchLimits, EngineFacts
 from batchpilot.agents.shield import Clamp
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
@@ -22,7 +23,7 @@ from batchpilot.service.decider import Decider
 from batchpilot.service.groups import PolicyChoice
 from batchpilot.service.rates import TokenBucket
 from batchpilot.service.refusals import RefusalError
-from batchpilot.service.wire import EngineKey, engine_facts, engine_key
+from batchpilot.service.wire import EngineKey, engine_facts, engine_key, latency_targets
 
 #: An engine without a stream that has not reported for so long has gone.
 SILENT_SECONDS = 30.0
@@ -38,6 +39,7 @@ class Session:
         caller: Who opened it.
         hello: The engine's first words.
         facts: Those of the hello.
+        targets: Those of the hello.
         bucket: Its reports.
         task: The stream's; None for an entry that GetLimits opened.
         started_at: Monotonic seconds.
@@ -60,6 +62,7 @@ class Session:
     caller: Caller
     hello: pb.EngineHello
     facts: EngineFacts
+    targets: LatencyTargets
     bucket: TokenBucket
     task: asyncio.Task[object] | None
     started_at: float
@@ -132,6 +135,7 @@ class SessionTable:
             caller=caller,
             hello=hello,
             facts=engine_facts(hello.facts),
+            targets=latency_targets(hello),
             bucket=TokenBucket(self.reports_per_second, self.report_burst, now),
             task=task,
             started_at=now,

@@ -110,6 +110,9 @@ class StorageSettings(Parameters):
         None, help="file that keeps promotions over restarts and shares them between replicas"
     )
     experience: str | None = parameter(None, help="folder of the experience log; none: no log")
+    experience_max_bytes: int = parameter(
+        2**30, minimum=2**16, help="size of that log after which its oldest files go"
+    )
 
 
 @dataclass(frozen=True)

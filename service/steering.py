@@ -16,6 +16,7 @@ from batchpilot.service.decider import Decider
 from batchpilot.service.groups import Groups, PolicyChoice
 from batchpilot.service.meters import Meters
 from batchpilot.service.policy_source import PolicySource
+from batchpilot.service.recorder import Recorder
 from batchpilot.service.sessions import Session
 
 logger = logging.getLogger("batchpilot.service")
@@ -24,8 +25,11 @@ logger = logging.getLogger("batchpilot.service")
 class Steering:
     """Decides for every session, by the policy of its group."""
 
-    def __init__(self, groups: Groups, source: PolicySource, meters: Meters) -> None:
+    def __init__(
+        self, groups: Groups, source: PolicySource, meters: Meters, recorder: Recorder | None
+    ) -> None:
         """Asks `groups` which policy, and `source` for the policy itself."""
+        self._recorder = recorder
         self._groups = groups
         self._source = source
         self._meters = meters
@@ -66,11 +70,12 @@ class Steering:
             return None
         started = time.perf_counter()
         try:
-            decision, limits, clamp = decider.decide(report)
+            decided = decider.decide(report)
         except Exception:
             logger.exception("policy %s fails for %s", choice.policy, session.key)
             self._give_up(session, "it raised an exception; see the service's log")
             return None
+        decision, limits, clamp = decided
         lease = pb.LimitsLease(
             sequence=report.sequence,
             limits=pb.BatchLimits(
@@ -86,6 +91,8 @@ class Steering:
         session.desired = decision.limits
         session.clamp = clamp
         self._meters.decided(session.key.group, clamp, time.perf_counter() - started)
+        if self._recorder is not None:
+            self._recorder.record(session, report, decided)
         return lease
 
     def _choose(self, session: Session) -> PolicyChoice:
@@ -101,10 +108,10 @@ class Steering:
 
 def _targets(session: Session, choice: PolicyChoice) -> dict[str, float | None]:
     """What policies share; an engine's own targets win over its group's."""
-    hello, settings = session.hello, choice.settings
+    own, settings = session.targets, choice.settings
     return {
-        "itl_slo_ms": hello.itl_slo_ms if hello.HasField("itl_slo_ms") else settings.itl_slo_ms,
-        "ttft_slo_ms": hello.ttft_slo_ms if hello.HasField("ttft_slo_ms") else settings.ttft_slo_ms,
+        "itl_slo_ms": own.itl_slo_ms or settings.itl_slo_ms,
+        "ttft_slo_ms": own.ttft_slo_ms or settings.ttft_slo_ms,
         "memory_overflow_probability": settings.memory_overflow_probability,
     }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from batchpilot.agents.features import LatencyTargets
 from batchpilot.agents.limits import (
     BatchLimits,
     Binding,
@@ -62,6 +63,14 @@ def engine_facts(message: pb.EngineFacts) -> EngineFacts:
         block_size=message.block_size,
         tokens_per_decode=message.tokens_per_decode,
         unchunked_prefill_tokens=message.unchunked_prefill_tokens,
+    )
+
+
+def latency_targets(message: pb.EngineHello) -> LatencyTargets:
+    """The targets an engine has stated."""
+    return LatencyTargets(
+        message.itl_slo_ms if message.HasField("itl_slo_ms") else None,
+        message.ttft_slo_ms if message.HasField("ttft_slo_ms") else None,
     )
 
 

@@ -229,6 +229,42 @@ def test_a_real_engine_end_to_end(folder, capsys):
     assert sorted(os.listdir(folder / "out")) == ["p.png", "r.html", "r.json"]
 
 
+CAPACITY = [
+    *("--find-capacity", "--attainment", "0.9", "--arrivals", "poisson:4"),
+    *("--policies", "static,static:max_num_seqs=2", "--num-requests", "20"),
+]
+
+
+def check_capacity(folder, printed):
+    results = json.loads((folder / "results.json").read_text())
+    assert [found["policy"] for found in results["capacity"]] == ["static", "static:max_num_seqs=2"]
+    for found in results["capacity"]:
+        assert found["rate_per_s"] > 0
+        assert found["attainment"] >= 0.9
+        assert len(found["points"]) > 2
+    assert "Capacity: the highest rate" in printed.out
+    assert "inside the targets at" in printed.err
+    assert "<h2>Capacity</h2>" in (folder / "report.html").read_text()
+
+
+def test_the_capacity_of_an_engine_in_this_process_is_searched_after_a_warm_up(
+    engine, folder, capsys
+):
+    lengths = "fixed:prompt_tokens=20:output_tokens=20"
+    assert main([*BASE, lengths, *CAPACITY, "--ttft-slo-ms", "500"]) == 0
+    printed = capsys.readouterr()
+    check_capacity(folder, printed)
+    assert "warm-up" in printed.err
+
+
+@pytest.mark.live
+def test_the_capacity_of_a_real_engine(folder, capsys):
+    lengths = "fixed:prompt_tokens=32:output_tokens=16"
+    targets = ["--itl-slo-ms", "500", "--ttft-slo-ms", "500", "--max-num-seqs", "8"]
+    assert main([*BASE, lengths, *CAPACITY, *targets]) == 0
+    check_capacity(folder, capsys.readouterr())
+
+
 @pytest.mark.live
 def test_ctrl_c_stops_a_real_engine(folder):
     lengths = "fixed:prompt_tokens=20:output_tokens=200"

@@ -39,6 +39,7 @@ def test_imports_are_followed_to_their_end():
         ("batchpilot.scheduler_hook.hook", {None, "static", "sla", "memory+sla"}),
         ("batchpilot.env.scheduler_core", {None, "static", "sla", "memory+sla"}),
         ("batchpilot.env.bench.figures", set()),
+        ("batchpilot.scheduler_hook.report", set()),
     ],
 )
 def test_a_changed_file_touches_the_runs_that_go_through_it(module, moved, edited):

@@ -113,7 +113,8 @@ def test_finished_runs_are_taken_up_again(folder, monkeypatch):
 
 
 def test_runs_in_processes_are_the_same_as_here(folder):
-    words = ["--policies", "static,memory", "--num-requests", "30", "--kv-blocks", "40", "--fresh"]
+    words = ["--policies", "static,memory,memory-peak", "--num-requests", "30", "--kv-blocks", "40"]
+    words.append("--fresh")
     assert main([*SMALL, *words]) == 0
     here = results()["runs"]
     assert main([*SMALL, *words, "--workers", "2"]) == 0

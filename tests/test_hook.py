@@ -242,6 +242,7 @@ def test_a_new_policy_takes_over_after_a_failed_one(monkeypatch):
 def test_a_scheduler_that_lacks_a_part_runs_as_stock_vllm(missing, caplog, monkeypatch):
     from batchpilot.scheduler_hook import vllm_adapter
 
+    expected = stock(0)  # vLLM sets its loggers up while the first scheduler is built
     monkeypatch.setattr(
         vllm_adapter, "PARTS", (*vllm_adapter.PARTS, f"{missing}_renamed_in_a_later_release")
     )
@@ -250,7 +251,7 @@ def test_a_scheduler_that_lacks_a_part_runs_as_stock_vllm(missing, caplog, monke
         core = build_core()
     assert f"has no {missing}_renamed_in_a_later_release" in core.hook.passthrough_reason
     assert [r.levelname for r in logged(caplog)] == ["WARNING"]
-    assert drive(core, random_requests(0)) == stock(0)
+    assert drive(core, random_requests(0)) == expected
     with pytest.raises(RuntimeError, match="does not steer this engine"):
         core.hook.snapshot()
 
@@ -291,3 +292,15 @@ def test_only_known_releases_are_steered_unless_the_operator_allows_it(version, 
         with pytest.raises(vllm_adapter.UnsupportedEngineError, match="allow_untested_vllm"):
             vllm_adapter.adapt(core.scheduler)
         assert vllm_adapter.adapt(core.scheduler, allow_untested=True)
+
+
+@pytest.mark.parametrize(("aligned", "floor"), [(True, 16), (False, 0), (None, 0)])
+def test_a_hybrid_model_whose_prefills_end_on_blocks_is_seen(aligned, floor, monkeypatch):
+    from batchpilot.scheduler_hook import vllm_adapter
+
+    core = build_core()
+    if aligned is None:  # a release that knows no such models
+        monkeypatch.delattr(core.scheduler, "need_mamba_block_aligned_split")
+    else:
+        monkeypatch.setattr(core.scheduler, "need_mamba_block_aligned_split", aligned)
+    assert vllm_adapter.adapt(core.scheduler).facts.prefill_block_tokens == floor

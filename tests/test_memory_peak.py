@@ -138,3 +138,31 @@ def test_the_limit_stays_between_n_and_b_max(running):
         limit = policy.decide(queue.snapshot()).limits.max_num_seqs
         assert running <= limit <= 256
         policy.observe(step(finished=(FinishedRequest(30, 2, True),)))
+
+
+def test_it_does_not_look_while_those_granted_still_come_in():
+    policy = taught(output_tokens=200)
+    queue = Queue([SequenceState(96, 190, 0)] * 10, [SequenceState(0, 0, 100)] * 60)
+    granted = policy.decide(queue.snapshot()).limits.max_num_seqs - 10
+    for admitted in range(1, min(granted, 15)):
+        queue.running = queue.running + [SequenceState(0, 0, 100)]
+        assert policy.decide(queue.snapshot()).limits.max_num_seqs == 10 + granted
+        assert (admitted, queue.reads) == (admitted, 1)
+
+
+def test_it_does_not_look_where_nobody_could_come_in():
+    policy = taught(output_tokens=200)
+    queue = Queue([SequenceState(16, 1, 0)] * 256, [SequenceState(0, 0, 5)] * 60)
+    policy.decide(queue.snapshot())
+    for _ in range(40):
+        assert policy.decide(queue.snapshot()).limits.max_num_seqs == 256
+    assert queue.reads <= 1
+
+
+def test_a_preemption_takes_the_grant_back():
+    policy = taught(output_tokens=200)
+    queue = Queue([SequenceState(96, 190, 0)] * 40, [SequenceState(0, 0, 100)] * 60)
+    assert policy.decide(queue.snapshot()).limits.max_num_seqs > 40
+    policy.observe(step(preemptions=1, recomputed_tokens=96))
+    queue.running = queue.running[1:]
+    assert policy.decide(queue.snapshot()).limits.max_num_seqs == 39

@@ -174,7 +174,7 @@ def test_the_bench_records_and_draws_it(tmp_path, monkeypatch):
     shadow = ["--shadow", "static:max_num_seqs=7:max_num_batched_tokens=99"]
     assert main(["bench", *words, *shadow]) == 0
     assert main(["bench", *words, *shadow, "--json", "again.json"]) == 0  # from what was kept
-    assert main(["bench", *words, "--json", "alone.json"]) == 0
+    assert main(["bench", *words, "--json", "alone.json", "--html", "alone.html"]) == 0
 
     def runs(name):
         return json.loads((tmp_path / name).read_text())["runs"]

@@ -53,6 +53,14 @@ def test_without_chunked_prefill_the_longest_prompt_always_fits_a_step():
     assert limits.max_num_batched_tokens == 2000
 
 
+@pytest.mark.parametrize(("block", "least"), [(0, 64), (16, 64), (528, 528)])
+def test_a_prefill_that_must_end_on_a_block_has_room_for_a_whole_one(block, least):
+    facts = EngineFacts(STARTUP, 1000, 528, prefill_block_tokens=block)
+    result = shield(BatchLimits(64, 1), snapshot(10, facts=facts), SafetyBounds())
+    assert result.limits.max_num_batched_tokens == least + 10
+    assert result.clamp is Clamp.TOKEN_BUDGET_LOW
+
+
 def test_speculating_sequences_take_more_of_a_step():
     facts = EngineFacts(STARTUP, 1000, 16, tokens_per_decode=4)
     limits = shield(BatchLimits(64, 1), snapshot(10, facts=facts), SafetyBounds()).limits

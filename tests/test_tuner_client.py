@@ -176,6 +176,20 @@ def test_a_silent_service_is_given_up_after_the_longest_lease():
         assert engine.client.stats.leases == {}
 
 
+def test_a_service_that_only_takes_reports_is_left_ever_more_slowly():
+    with (
+        Server(Double(answer=lambda report: ())) as server,
+        Engine(server.target, service_max_lease_seconds=0.1) as engine,
+    ):
+        assert engine.client.patience_seconds == 0.1
+        assert engine.steps_until(lambda _: engine.client.stats.failures["SILENT"] == 2)
+        assert until(lambda: engine.client.patience_seconds == 0.4)
+        server.double.answer = lambda report: [lease(report)]
+        assert engine.steps_until(is_remote)
+        server.stop()
+        assert engine.steps_until(lambda _: engine.client.patience_seconds == 0.1)
+
+
 def shifted(by):
     return lambda report: [lease(report, sequence=max(0, report.sequence + by))]
 
@@ -358,6 +372,7 @@ def test_a_hook_built_by_vllm_in_mode_remote_serves_every_request_and_closes(mon
             {"service_targets": "127.evil.example:1", "service_token_file": "/dev/null"},
             "in clear",
         ),
+        ({"service_group": "a b"}, "service_group='a b' must be 1 to 128 letters, digits"),
         ({"service_max_lease_seconds": 0}, "service_max_lease_seconds=0.0 must be at least 0.1"),
         (
             {"service_min_report_seconds": 3, "service_max_report_seconds": 2},

@@ -364,3 +364,16 @@ def test_a_closed_engine_is_closed():
 def test_bad_settings_name_the_field_and_the_value(config, message):
     with pytest.raises(ConfigError, match=message):
         VirtualEngine(VirtualEngineConfig(**config))
+
+
+@BOTH
+def test_a_gpu_that_becomes_slower_takes_longer_for_every_step_from_then_on(asynchronous):
+    virtual = engine(async_scheduling=asynchronous, slow_factor=1.5, slow_at_s=0.05)
+    virtual.add_request(request("a", output=12))
+    gaps = [step.record.seconds for step in run(virtual)]
+    assert gaps[1:4] == [pytest.approx(10 * MS)] * 3
+    # With a step scheduled ahead, that one still has the time it was scheduled with.
+    assert gaps[7:] == [pytest.approx(15 * MS)] * 5
+    virtual.reset()
+    virtual.add_request(request("b", output=4))
+    assert [step.record.seconds for step in run(virtual)][1:] == [pytest.approx(10 * MS)] * 3

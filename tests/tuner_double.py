@@ -110,8 +110,7 @@ class Authority:
         folder.mkdir(parents=True, exist_ok=True)
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        self.ca_file = str(folder / "ca.pem")
-        self._write("ca.pem", self._sign(self._name, self._key, is_authority=True))
+        self.ca_file = self._write("ca.pem", self._sign(self._name, self._key, is_authority=True))
 
     def issue(self, name: str, *, days: int = 1) -> tuple[str, str]:
         """A certificate for this machine and its key, as file names; expired with negative days."""

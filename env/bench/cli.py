@@ -28,7 +28,7 @@ from batchpilot.env.bench.plan import BenchPlan, open_engine, prepare
 from batchpilot.env.bench.progress import show_progress
 from batchpilot.env.bench.report import render_report
 from batchpilot.env.bench.results import BenchResults, to_json_text, write_whole
-from batchpilot.env.bench.runner import BenchRun, EngineStalledError, run_bench
+from batchpilot.env.bench.runner import BenchRun, EngineStalledError, run_bench, warm_up
 from batchpilot.env.bench.settings import BenchSettings, option
 from batchpilot.env.bench.summary import headline, summarise
 from batchpilot.env.bench.table import print_capacity, print_tables
@@ -159,8 +159,10 @@ def _measure_live(plan: BenchPlan, console: Console) -> _Found:
     runs = len(plan.contestants) * settings.rounds
     with closing(open_engine(plan)) as engine:
         tokens = engine.facts.kv_capacity_tokens
-        with show_progress(console, runs, settings.rounds) as progress:
+        known = None if settings.find_capacity else runs  # a search ends when it has found
+        with show_progress(console, known, settings.rounds) as progress:
             if settings.find_capacity:
+                warm_up(engine, plan.rounds[0], settings.slo, progress)
                 return _search(plan, LiveCells(engine, progress), console, tokens)
             measured = run_bench(engine, plan.contestants, plan.rounds, settings.slo, progress)
     return _Found(measured, (), tokens)

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from batchpilot.agents.features import LatencyTargets
 from batchpilot.agents.limits import BatchLimits
-from batchpilot.agents.parameters import Parameters, parameter
 from batchpilot.agents.shadow import ShadowedPolicy
 from batchpilot.env.engine import Engine, EngineStep
 
@@ -30,11 +30,8 @@ Milliseconds = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Slo(Parameters):
-    """The latency targets a request must meet."""
-
-    itl_slo_ms: float | None = parameter(None, above=0, help="target for a request's TPOT")
-    ttft_slo_ms: float | None = parameter(None, above=0, help="target for a request's TTFT")
+class Slo(LatencyTargets):
+    """The latency targets a request must meet: its TPOT the ITL target, its TTFT the other."""
 
     @property
     def is_set(self) -> bool:

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.bench.contestants import Contestant, parse_contestants
 from batchpilot.env.bench.measure import Distribution
 from batchpilot.env.bench.results import check_writable
@@ -16,7 +15,7 @@ from batchpilot.env.bench.runner import Round, TimedRequest
 from batchpilot.env.bench.settings import BenchSettings
 from batchpilot.env.engine import Engine
 from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
-from batchpilot.env.models import ModelSource, resolve_model
+from batchpilot.env.models import ModelSource, longest_that_fits, resolve_model
 from batchpilot.env.profiles import GpuProfile, load_profile
 from batchpilot.env.virtual_engine import VOCAB_SIZE, VirtualEngine, VirtualEngineConfig
 from batchpilot.env.workloads import TRACE_ARRIVALS, Workload, build_workload, engine_requests
@@ -82,7 +81,7 @@ def prepare(settings: BenchSettings) -> BenchPlan:
     contestants = parse_contestants(settings.policies, defaults, settings.shadow)
     workloads = [build_round_workload(settings, index) for index in range(settings.rounds)]
     model, kv_blocks, block_size = _target(settings)
-    max_model_len = _max_model_len(model, kv_blocks, block_size)
+    max_model_len = longest_that_fits(model, kv_blocks, block_size)
     for workload in workloads:
         workload.check_fits(max_model_len)
     for path in settings.output_files:
@@ -179,17 +178,6 @@ def _target(settings: BenchSettings) -> tuple[ModelSource, int, int]:
 def _virtual_model(profile: GpuProfile) -> ModelSource:
     """What stands for a model where there is none."""
     return ModelSource(profile.name, Path(), VOCAB_SIZE, profile.max_model_len)
-
-
-def _max_model_len(model: ModelSource, kv_blocks: int, block_size: int) -> int:
-    """The model's own limit, or what the KV cache holds where that is less."""
-    if not kv_blocks:
-        return model.max_model_len
-    # vLLM keeps one block for itself.
-    capacity = (kv_blocks - 1) * block_size
-    if capacity < 2:
-        raise ConfigError(f"kv_blocks={kv_blocks} must be at least 2, or 0 for all memory")
-    return min(model.max_model_len, capacity)
 
 
 def _make_round(

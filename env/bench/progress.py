@@ -23,7 +23,7 @@ PLAIN_EVERY_SECONDS = 15.0
 
 
 @contextmanager
-def show_progress(console: Console, runs: int, rounds: int) -> Iterator[runner.Progress]:
+def show_progress(console: Console, runs: int | None, rounds: int) -> Iterator[runner.Progress]:
     """The right display for a console, for as long as the bench runs."""
     if not console.is_terminal:
         yield PlainProgress(console, runs, rounds)
@@ -44,7 +44,7 @@ def show_progress(console: Console, runs: int, rounds: int) -> Iterator[runner.P
 class BarProgress:
     """A bar for the whole bench and one for the run."""
 
-    def __init__(self, bars: Progress, runs: int, rounds: int) -> None:
+    def __init__(self, bars: Progress, runs: int | None, rounds: int) -> None:
         """Sets both bars up."""
         self._bars = bars
         self._rounds = rounds
@@ -70,7 +70,7 @@ class BarProgress:
 class PlainProgress:
     """Lines for logs: the end of every run, and a sign of life in long ones."""
 
-    def __init__(self, console: Console, runs: int, rounds: int) -> None:
+    def __init__(self, console: Console, runs: int | None, rounds: int) -> None:
         """Counts runs."""
         self._console = console
         self._runs = runs
@@ -98,7 +98,8 @@ class PlainProgress:
     def run_finished(self, run: BenchRun) -> None:
         """One line about the run."""
         self._finished += 1
-        self._line(f"[{self._finished}/{self._runs}] {_summary(run, self._rounds)}")
+        total = "?" if self._runs is None else self._runs
+        self._line(f"[{self._finished}/{total}] {_summary(run, self._rounds)}")
 
     def _line(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

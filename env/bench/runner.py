@@ -98,7 +98,7 @@ def run_bench(
         EngineStalledError: The engine stopped making progress.
     """
     defaults = {"itl_slo_ms": slo.itl_slo_ms, "ttft_slo_ms": slo.ttft_slo_ms}
-    _warm_up(engine, rounds[0], slo, progress)
+    warm_up(engine, rounds[0], slo, progress)
     runs = []
     for number, current in enumerate(rounds):
         for contestant in rotated(contestants, number):
@@ -116,7 +116,7 @@ def rotated(contestants: Sequence[Contestant], by: int) -> list[Contestant]:
     return [*contestants[shift:], *contestants[:shift]]
 
 
-def _warm_up(engine: Engine, first: Round, slo: Slo, progress: Progress) -> None:
+def warm_up(engine: Engine, first: Round, slo: Slo, progress: Progress) -> None:
     """Touches what is slow only once: allocators, kernels, caches of the interpreter."""
     requests = tuple(
         TimedRequest(0.0, _shortened(timed.request)) for timed in first.requests[:WARM_UP_REQUESTS]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -20,8 +20,13 @@ _PACKAGE = "batchpilot"
 #: Where a run starts. The hook is named by its class path only, so imports do not lead to it.
 _ENGINE = ("batchpilot.env.virtual_engine", "batchpilot.env.bench.runner")
 _HOOK = ("batchpilot.scheduler_hook.scheduler",)
-#: Names every policy and decides nothing: followed from the engine it would make all of them one.
-_CATALOG = "batchpilot.agents.catalog"
+#: What is not followed from the engine. The catalog names every policy and decides nothing: all of
+#: them would count as one. The other two report and talk to a service, which no such run does.
+_ASIDE = (
+    "batchpilot.agents.catalog",
+    "batchpilot.scheduler_hook.report",
+    "batchpilot.scheduler_hook.remote_link",
+)
 
 
 @lru_cache(maxsize=64)
@@ -35,7 +40,7 @@ def sources_digest(policy: str | None) -> str:
     Raises:
         ConfigError: No policy has that name.
     """
-    modules = set(imported((*_ENGINE, *_HOOK), without=_CATALOG))
+    modules = set(imported((*_ENGINE, *_HOOK), without=_ASIDE))
     if policy is not None:
         kind = policy_kind(policy)
         modules |= set(imported((kind.build.__module__, kind.parameters.__module__)))
@@ -46,20 +51,20 @@ def sources_digest(policy: str | None) -> str:
     return sha.hexdigest()
 
 
-def imported(roots: Iterable[str], without: str | None = None) -> list[str]:
+def imported(roots: Iterable[str], without: Container[str] = ()) -> list[str]:
     """Modules of batchpilot that these import, directly or not, themselves among them.
 
     Imports inside functions count too.
 
     Args:
         roots: Full names, such as "batchpilot.agents.sla".
-        without: A module that is neither counted nor followed.
+        without: Modules that are neither counted nor followed.
     """
     found: set[str] = set()
     open_ends = list(roots)
     while open_ends:
         module = open_ends.pop()
-        if module in found or module == without:
+        if module in found or module in without:
             continue
         found.add(module)
         open_ends += _imports(module)

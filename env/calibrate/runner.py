@@ -13,7 +13,7 @@ from batchpilot.env.calibrate.fit import StepTimeFit, fit_step_times
 from batchpilot.env.calibrate.measure import FULL_GRID, QUICK_GRID, Cell, Progress, measure, noise
 from batchpilot.env.calibrate.settings import CalibrateSettings
 from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
-from batchpilot.env.models import ModelSource, resolve_model
+from batchpilot.env.models import ModelSource, longest_that_fits, resolve_model
 from batchpilot.env.profiles import GpuProfile
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -43,6 +43,7 @@ def calibrate(settings: CalibrateSettings, progress: Progress) -> tuple[GpuProfi
         max_num_batched_tokens=settings.max_num_batched_tokens,
         kv_blocks=settings.kv_blocks or None,
         block_size=settings.block_size,
+        max_model_len=longest_that_fits(model, settings.kv_blocks, settings.block_size),
         # Every prompt is to be computed, whatever was there before.
         enable_prefix_caching=False,
     )

@@ -163,7 +163,7 @@ def compare_capacity(
 
 
 def _lineup(settings: ContestSettings, scenario: Scenario, only_target: bool) -> tuple[str, ...]:
-    lineup = settings.asked_for or slo_lineup(scenario)
+    lineup = settings.lineup(scenario, slo_lineup(scenario))
     if only_target:
         return tuple(label for label in lineup if is_static(label) or label == OURS)
     return lineup

@@ -18,9 +18,11 @@ PUBLISHED = "memory+sla:sla=sla"
 MEMORY_RULES = ("memory", "memory-clt", "memory-peak")
 SLA_RULES = ("sla", "sla-guarded", PUBLISHED, "memory+sla")
 OTHERS = ("trtllm", "p-pas", "gradient2", "aimd")
+#: Of them, those that move the sequence limit.
+_BY_SEQUENCES = ("trtllm", "gradient2", "aimd")
 #: KV tokens up to which a device counts as small: its grid has half as many sequences.
 SMALL_KV_TOKENS = 100_000
-_PAIRS = ((64, 256), (128, 256), (64, 512), (128, 512), (256, 512), (128, 2048), (256, 2048))
+_PAIRS = ((64, 256), (128, 256), (64, 512), (128, 512), (128, 2048), (256, 2048))
 
 
 def static_pair(max_num_seqs: int, max_num_batched_tokens: int) -> str:
@@ -65,7 +67,7 @@ def saturated_lineup(scenario: Scenario) -> tuple[str, ...]:
     small = blocks * profile.block_size <= SMALL_KV_TOKENS
     seqs = (16, 32, 64) if small else (64, 128, 256)
     pairs = (static_pair(number, budget) for number in seqs)
-    return (*(DEFAULT, OURS), *pairs, *WATERMARKS, *MEMORY_RULES, *OTHERS)
+    return (*(DEFAULT, OURS), *pairs, *WATERMARKS, *MEMORY_RULES, *_BY_SEQUENCES)
 
 
 def contestant(label: str) -> Contestant:

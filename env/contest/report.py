@@ -75,6 +75,7 @@ class ContestResults:
             "command": self.command,
             "settings": dict(self.settings),
             "environment": dict(self.environment),
+            "tables": [asdict(table) for table in self.tables()],
         }
         return json.dumps({**head, **sections}, indent=1, allow_nan=False) + "\n"
 

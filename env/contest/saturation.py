@@ -62,7 +62,7 @@ def compare_saturated(
     for scenario in settings.saturated_scenarios():
         lineup = tuple(
             label
-            for label in settings.asked_for or saturated_lineup(scenario)
+            for label in settings.lineup(scenario, saturated_lineup(scenario))
             if label.partition(":")[0] not in _NEED_A_TARGET
         )
         tasks = [

@@ -24,8 +24,8 @@ NOISE = 0.05
 BURSTINESS = 2.0
 #: Requests are as many as arrive in this time at the estimated capacity, but at least as many a
 #: second of it as let a share of 99 % be told from 98 %.
-HORIZON_SECONDS = 40.0
-FEWEST_PER_SECOND = 5
+HORIZON_SECONDS = 20.0
+FEWEST_PER_SECOND = 10
 
 #: Short names of the lengths, and what a workload is asked for by.
 LENGTHS = {"ShareGPT": "sharegpt", "Azure": "empirical:azure-2023-conv"}
@@ -159,7 +159,7 @@ def slo_scenario(
 
 
 #: How many times the requests that fit the KV cache are served where memory is to bind.
-TURNOVERS = 4.0
+TURNOVERS = 2.5
 #: And at least so many requests a turnover.
 FEWEST_PER_TURNOVER = 75
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.env.bench.contestants import Contestant
-from batchpilot.env.contest.lineup import DEFAULT
+from batchpilot.env.contest.lineup import DEFAULT, static_grid
 from batchpilot.env.contest.scenario import (
     HORIZON_SECONDS,
     LENGTHS,
@@ -35,9 +35,12 @@ PAIRED = (("ShareGPT", 3.0, 2000.0), ("Azure", 2.0, 1000.0))
 _ITL_FACTORS, _TTFT_SLO_MS = (2.0, 3.0), (2000.0, 1000.0)
 #: Profiles of the shifts.
 SHIFT_PROFILES = ("llama-3.1-8b-h100", "llama-3.1-70b-h100-tp4")
-PHASE_SECONDS = 30.0
+PHASE_SECONDS = 20.0
 #: KV blocks that make memory scarce on a large device, and whose lengths are served then.
 CUT_BLOCKS, CUT_LENGTHS = 4000, "Azure"
+
+#: Stands for the scenario's static pairs in a list of contestants.
+GRID = "grid"
 
 _QUICK_PROFILES = ("llama-3.1-8b-h100", "llama-3.1-70b-h100-tp4")
 _QUICK_POLICIES = (
@@ -64,7 +67,8 @@ class ContestSettings(Parameters):
     )
     full: bool = parameter(False, help="every combination of lengths and targets, not two of eight")
     policies: str | None = parameter(
-        None, help="comma-separated contestants beside static, in place of all"
+        None,
+        help="comma-separated contestants beside static, in place of all; grid: the static pairs",
     )
     profiles: str | None = parameter(None, help="comma-separated profiles, in place of four")
     workers: int | None = parameter(None, minimum=1, help="processes; every core by default")
@@ -81,12 +85,26 @@ class ContestSettings(Parameters):
             load_profile(name)
         if self.json == self.html:
             raise ConfigError(f"json and html are both {self.json!r}: name two files")
-        for label in self.asked_for or ():
-            Contestant.parse(label).build({"itl_slo_ms": 1.0, "ttft_slo_ms": 1.0})
+        for label in self._asked_for or ():
+            if label != GRID:
+                Contestant.parse(label).build({"itl_slo_ms": 1.0, "ttft_slo_ms": 1.0})
+
+    def lineup(self, scenario: Scenario, everybody: tuple[str, ...]) -> tuple[str, ...]:
+        """Who takes part in a scenario, vLLM's default first.
+
+        Args:
+            scenario: Its static pairs stand in for `grid`.
+            everybody: Who does where nobody was asked for.
+        """
+        asked = self._asked_for
+        if asked is None:
+            return everybody
+        grid = static_grid(scenario)
+        expanded = (label for part in asked for label in (grid if part == GRID else (part,)))
+        return tuple(dict.fromkeys(expanded))
 
     @property
-    def asked_for(self) -> tuple[str, ...] | None:
-        """The contestants in place of all, vLLM's default first; None for all."""
+    def _asked_for(self) -> tuple[str, ...] | None:
         text = self.policies or (_QUICK_POLICIES if self.quick else None)
         if text is None:
             return None

@@ -95,7 +95,7 @@ def compare_shifts(settings: ContestSettings, crew: Crew, folder: Path) -> list[
     """Runs everybody through every shift, on every seed."""
     results = []
     for shift in settings.shift_scenarios():
-        lineup = settings.asked_for or _lineup(shift.scenario)
+        lineup = settings.lineup(shift.scenario, _lineup(shift.scenario))
         tasks = [
             (_trial(shift, label, seed), folder) for label in lineup for seed in settings.all_seeds
         ]

@@ -294,7 +294,7 @@ def _engine(config: VirtualEngineConfig) -> VirtualEngine:
 @lru_cache(maxsize=1)
 def _own_digest() -> str:
     """The code that makes what is served and reads what came of it."""
-    modules = imported(("batchpilot.env.workloads", "batchpilot.env.contest.phases"))
+    modules = [*imported(("batchpilot.env.workloads", "batchpilot.env.contest.phases")), __name__]
     return digest({"modules": [(name, _digest_of(name)) for name in modules]})
 
 

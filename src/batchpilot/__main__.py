@@ -34,6 +34,11 @@ COMMANDS = {
         "env",
         "run one workload under several policies and compare them",
     ),
+    "policies": Command(
+        "batchpilot.env.gate.cli",
+        "env",
+        "list, verify, promote and roll back trained policies",
+    ),
     "calibrate": Command(
         "batchpilot.env.calibrate.cli",
         "env",

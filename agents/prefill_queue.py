@@ -1,0 +1,81 @@
+"""Who waits for a first token, since when, and behind how many prompt tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+
+from batchpilot.agents.limits import EngineSnapshot, StepRecord
+
+#: Requests looked at in one step; further ones are looked at once they are nearer to their turn.
+LOOKED_AT = 32
+
+
+class _Pending:
+    """A request without its first token: when it was first seen, and prompt tokens still to do."""
+
+    __slots__ = ("left", "since")
+
+    def __init__(self, left: int) -> None:
+        self.since: float | None = None
+        self.left = left
+
+
+class PrefillQueue:
+    """Follows the requests that have no token yet, in order of arrival, from counts alone.
+
+    What an engine shows each step is how many wait and how many prefill. Served first come, first
+    served, those are the newest ones that arrived; prompt tokens computed are the oldest's.
+
+    Limitations: arrival is when it was first seen, up to a step late. A prompt that the prefix
+    cache holds is taken to be computed whole, and a priority queue to be in order of arrival: both
+    make it expect a first token later than it comes. A preempted request counts as one that never
+    had a token, if it is known at all.
+    """
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._pending: deque[_Pending] = deque()
+        self.backlog_tokens = 0
+
+    def observe(self, step: StepRecord) -> None:
+        """Takes in arrivals, and gives the oldest the prompt tokens that were computed."""
+        for prompt_tokens in step.arrived:
+            self._pending.append(_Pending(prompt_tokens))
+            self.backlog_tokens += prompt_tokens
+        computed = step.prefill_tokens
+        if not computed:
+            return
+        for request in self._pending:
+            taken = min(computed, request.left)
+            request.left -= taken
+            self.backlog_tokens -= taken
+            computed -= taken
+            if not computed:
+                break
+
+    def update(self, snapshot: EngineSnapshot) -> None:
+        """Forgets those that have had their first token, and stamps those that are new."""
+        pending = self._pending
+        for _ in range(len(pending) - snapshot.waiting - snapshot.prefill_seqs):
+            self.backlog_tokens -= pending.popleft().left
+        for request in reversed(pending):
+            if request.since is not None:
+                break
+            request.since = snapshot.clock_seconds
+
+    def is_late(self, now: float, tokens_per_second: float, target_seconds: float) -> bool:
+        """Whether a request that can still make its first token in time would miss it.
+
+        Args:
+            now: The engine's clock.
+            tokens_per_second: Pace at which prompt tokens will be computed.
+            target_seconds: For the time to the first token.
+        """
+        ahead = 0
+        for request in islice(self._pending, LOOKED_AT):
+            ahead += request.left
+            waited = now - (request.since or now)
+            if waited < target_seconds < waited + ahead / tokens_per_second:
+                return True
+        return False

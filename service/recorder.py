@@ -1,0 +1,49 @@
+"""Between the service and its experience log: one row for every report that was answered."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from batchpilot.agents.experience import ExperienceRow
+from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.service.decider import ShieldedDecision
+from batchpilot.service.sessions import Session
+from batchpilot.service.wire import batch_limits, telemetry_window
+
+if TYPE_CHECKING:
+    from batchpilot.service.experience import ExperienceLog
+
+
+class Recorder:
+    """Writes reports and their answers to the log; never waits."""
+
+    def __init__(self, log: ExperienceLog) -> None:
+        """Appends to `log`."""
+        self.log = log
+
+    def record(self, session: Session, report: pb.Report, decided: ShieldedDecision) -> None:
+        """Appends a row."""
+        hello, key = session.hello, session.key
+        has_local = report.HasField("local_limits")
+        self.log.append(
+            ExperienceRow(
+                recorded_at=time.time(),
+                session=session.session_id,
+                sequence=report.sequence,
+                engine_group=key.group,
+                engine=key.engine,
+                data_parallel_rank=key.rank,
+                model_name=hello.model_name,
+                facts=session.facts,
+                targets=session.targets,
+                window=telemetry_window(report.window),
+                policy="" if session.choice is None else session.choice.policy,
+                proposed=decided.decision.limits,
+                limits=decided.limits,
+                source=decided.decision.source,
+                reason=decided.decision.reason,
+                clamp=decided.clamp,
+                local_limits=batch_limits(report.local_limits) if has_local else None,
+            )
+        )

@@ -1,0 +1,315 @@
+"""The service from start to stop: health, reload, reflection, metrics, signals, two replicas."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+from serving import Engine, channel_to, hello, report, run, serving
+
+from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
+from batchpilot.service.metrics import ENGINE_GAUGES, PREFIX
+
+STATIC = {"policy": "static:max_num_seqs=200"}
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+NAMES = ("", "batchpilot.v1.TunerService", "batchpilot.v1.PolicyService")
+
+
+async def health_of(channel, name=""):
+    stub = health_pb2_grpc.HealthStub(channel)
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
+
+
+def test_health_turns_before_the_streams_end():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            assert [await health_of(channel, name) for name in NAMES] == [SERVING] * 3
+            engine = Engine(channel)
+            await engine.begin()
+            watching = tuner_pb2_grpc.TunerServiceStub(channel).WatchEngine(pb.WatchEngineRequest())
+            await watching.read()
+            stopping = asyncio.create_task(service.stop(drain_seconds=0.5))
+            while await health_of(channel) != NOT_SERVING:
+                await asyncio.sleep(0.01)
+            assert (await engine.ask(1)).sequence == 1  # still answered while it drains
+            assert not stopping.done()
+            code, text = await engine.status()
+            assert (code, text) == (grpc.StatusCode.UNAVAILABLE, "the service is shutting down")
+            assert await watching.code() is grpc.StatusCode.UNAVAILABLE
+            await stopping
+
+    run(test)
+
+
+def test_a_changed_file_changes_policies_without_dropping_a_stream(tmp_path):
+    path = tmp_path / "service.yaml"
+
+    def write(**groups):
+        path.write_text(yaml.safe_dump({"default": STATIC, "groups": groups}))
+
+    async def test():
+        write()
+        async with serving(path, default=STATIC) as service, channel_to(service) as channel:
+            chat, code = Engine(channel), Engine(channel)
+            await chat.begin()
+            await code.begin(hello(group="code"))
+            assert (await chat.ask(1)).limits.max_num_seqs == 200
+            assert (await code.ask(1)).limits.max_num_seqs == 200
+            write(chat={"policy": "static:max_num_seqs=100", "report_interval_ms": 500})
+            await chat.send(report=report(2))
+            while service.meters.reloads["ok"] == 0:  # looked at every second
+                await chat.call.read()
+                await asyncio.sleep(0.05)
+                await chat.send(report=report(service_sequence(service) + 1))
+            welcome = await next_welcome(chat)
+            assert (welcome.report_interval_ms, welcome.policy) == (500, "static:max_num_seqs=100")
+            assert (await chat.call.read()).lease.limits.max_num_seqs == 100
+            assert (await code.ask(2)).limits.max_num_seqs == 200
+            for text in ("groups: [", "grups: {}", "default: {policy: nonsense}"):
+                path.write_text(text)
+                service.reloader.now()
+            while service.meters.reloads["failed"] == 0:
+                await asyncio.sleep(0.01)
+            last = service_sequence(service)
+            assert (await chat.ask(last + 1)).limits.max_num_seqs == 100
+
+    def service_sequence(service):
+        return max(s.sequence for s in service.sessions if s.key.group == "chat")
+
+    async def next_welcome(engine):
+        while (response := await engine.call.read()).WhichOneof("kind") != "welcome":
+            pass
+        return response.welcome
+
+    run(test)
+
+
+def test_reflection_is_off_unless_asked_for():
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    async def services(channel):
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+        await call.write(request)
+        await call.done_writing()
+        response = await call.read()
+        return {service.name for service in response.list_services_response.service}
+
+    async def test():
+        async with serving(server={"reflection": True}) as service, channel_to(service) as channel:
+            assert await services(channel) >= set(NAMES[1:])
+        async with serving() as service, channel_to(service) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await services(channel)
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    run(test)
+
+
+def test_the_contract_can_be_explored_from_a_shell():
+    async def test():
+        async with (
+            serving(server={"reflection": True}, default=STATIC) as service,
+            channel_to(service) as channel,
+        ):
+            engine = Engine(channel)
+            await engine.begin()
+            await engine.ask(1)
+            buf = Path(sys.executable).parent / "buf"
+            url = f"http://{service.address}/batchpilot.v1.TunerService/ListEngines"
+            options = ["--protocol", "grpc", "--http2-prior-knowledge", "--data", "{}"]
+            process = await asyncio.create_subprocess_exec(
+                buf, "curl", *options, url, stdout=asyncio.subprocess.PIPE
+            )
+            output, _ = await process.communicate()
+            (listed,) = json.loads(output)["engines"]
+            assert listed["id"] == {"group": "chat", "engine": "node-1:77"}
+            assert listed["lease"]["limits"]["maxNumSeqs"] == 200
+
+    run(test)
+
+
+def scrape(service):
+    """The metrics page as {name: {labels: value}}."""
+    url = f"http://{service._page.address}/metrics"
+    with urllib.request.urlopen(url, timeout=5) as response:
+        text = response.read().decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = tuple(sorted(sample.labels.items()))
+            found.setdefault(sample.name.removeprefix(PREFIX), {})[labels] = sample.value
+    return found
+
+
+METRICS = {"bind": "127.0.0.1:0", "max_engines": 1}
+
+
+def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
+    async def test():
+        async with (
+            serving(default={"policy": "static:max_num_seqs=8"}, metrics=METRICS) as service,
+            channel_to(service) as channel,
+        ):
+            engine = Engine(channel)
+            await engine.begin(hello(itl_slo_ms=40.0))
+            await engine.ask(1)
+            await Engine(channel).begin(hello(engine="node-2:1"))
+            refused = Engine(channel)
+            await refused.send(report=report(1))
+            await refused.status()
+            page = await asyncio.to_thread(scrape, service)
+            me = (("engine", "node-1:77"), ("group", "chat"), ("rank", "0"))
+            expected = {
+                "desired_max_num_seqs": 8,
+                "leased_max_num_seqs": 50,
+                "applied_max_num_seqs": 64,
+                "desired_max_num_batched_tokens": 8192,
+                "leased_max_num_batched_tokens": 8192,
+                "applied_max_num_batched_tokens": 8192,
+                "running": 50,
+                "waiting": 5,
+                "kv_cache_usage": 0.5,
+                "itl_seconds": 0.025,
+                "itl_target_seconds": 0.04,
+                "has_lease": 1,
+                "canary": 0,
+            }
+            assert set(expected) == set(ENGINE_GAUGES)
+            assert {name: page[name] for name in expected} == {
+                name: {me: value} for name, value in expected.items()
+            }
+            assert page["bound"] == {(("binding", "max_num_seqs"), *me): 1}
+            assert 0 <= page["report_age_seconds"][me] < 5
+            assert page["sessions"] == {(("group", "chat"),): 2}
+            assert page["engines_without_series"] == {(): 1}
+            assert page["leases_total"] == {(("group", "chat"),): 1}
+            assert page["clamps_total"] == {(("group", "chat"), ("reason", "below_running")): 1}
+            errors = {(("code", "INVALID_ARGUMENT"), ("method", "Tune")): 1}
+            assert page["errors_total"] == errors
+            assert page["refusals_total"] == {(("reason", "invalid_message"),): 1}
+            assert page["decision_seconds_count"] == {(): 1}
+            engine.call.cancel()
+            while len(service.sessions) > 1:
+                await asyncio.sleep(0.01)
+            page = await asyncio.to_thread(scrape, service)
+            assert me not in page["report_age_seconds"]
+
+    run(test)
+
+
+def test_groups_that_engines_make_up_do_not_fill_the_page():
+    from batchpilot.agents.shield import Clamp
+    from batchpilot.service.meters import MOST_GROUPS, Meters
+
+    meters = Meters()
+    for number in range(MOST_GROUPS + 50):
+        meters.decided(f"group-{number}", Clamp.NONE, 1e-4)
+    assert len(meters.decisions) == MOST_GROUPS + 1
+    assert meters.decisions["other"] == 50
+
+
+COMMAND = [sys.executable, "-m", "batchpilot", "serve", "--bind", "127.0.0.1:0", "--json-logs"]
+
+
+def started(process):
+    """The address a service that has just been started says it listens on."""
+    for line in process.stderr:
+        found = re.search(r"serving on ([0-9.:]+)", json.loads(line)["message"])
+        if found:
+            return found[1]
+    raise AssertionError("the service ended before it served")
+
+
+@pytest.fixture
+def service_process(tmp_path):
+    """Starts services as processes and ends those that are left."""
+    processes = []
+
+    def start(*options):
+        process = subprocess.Popen(
+            [*COMMAND, *options], stderr=subprocess.PIPE, text=True, env=os.environ
+        )
+        processes.append(process)
+        return process, started(process)
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_it_gracefully_and_its_log_is_json(service_process, tmp_path, number):
+    path = tmp_path / "service.yaml"
+    path.write_text("server: {drain_seconds: 0.2}\ndefault: {policy: static}\n")
+    process, address = service_process("--config", str(path))
+    with grpc.insecure_channel(address) as channel:
+        requests = iter([pb.TuneRequest(hello=hello())])
+        answers = tuner_pb2_grpc.TunerServiceStub(channel).Tune(forever(requests))
+        assert next(answers).welcome.policy == "static"
+        path.write_text("server: {drain_seconds: 0.2}\ndefault: {policy: memory}\n")
+        process.send_signal(signal.SIGHUP)
+        wait_for_line(process, "service.yaml is in force")
+        process.send_signal(number)
+        with pytest.raises(grpc.RpcError) as ended:
+            next(answers)
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert process.wait(timeout=10) == 0
+    last = [json.loads(line) for line in process.stderr][-1]
+    assert (last["level"], last["logger"]) == ("info", "batchpilot.service")
+    assert last["message"] == "stopped"
+
+
+def forever(requests):
+    """Requests of a stream that its client does not end."""
+    yield from requests
+    import threading
+
+    threading.Event().wait(timeout=10)
+
+
+def wait_for_line(process, text):
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"the log ended without {text!r}")
+
+
+def test_engines_of_a_replica_that_is_killed_go_on_at_another(service_process):
+    """One target with two addresses, as a DNS name with two records gives a client."""
+    first, address = service_process("--policy", "static:max_num_seqs=60")
+    _, other = service_process("--policy", "static:max_num_seqs=70")
+    target = f"ipv4:{address},{other}"
+    with grpc.insecure_channel(target) as channel:
+        stub = tuner_pb2_grpc.TunerServiceStub(channel)
+        key = hello().id
+        asked = pb.GetLimitsRequest(id=key, hello=hello(), report=report(1))
+        before = stub.GetLimits(asked, wait_for_ready=True, timeout=10)
+        assert before.lease.limits.max_num_seqs == 60
+        first.kill()
+        first.wait()
+        asked.report.sequence = 2  # the other has never heard of this engine
+        after = stub.GetLimits(asked, wait_for_ready=True, timeout=2)  # within a lease
+        assert after.lease.limits.max_num_seqs == 70
+
+
+def test_an_address_in_use_is_an_error_that_says_so(service_process):
+    _, address = service_process()
+    command = [sys.executable, "-m", "batchpilot", "serve", "--bind", address]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert f"batchpilot serve: bind={address}: cannot be opened; is it in use?" in refused.stderr

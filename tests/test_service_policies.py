@@ -1,0 +1,277 @@
+"""Which policy decides for whom: groups, promotions, canaries, learned policies and their log."""
+
+import asyncio
+import json
+
+import grpc
+import pyarrow.parquet as pq
+import pytest
+from serving import Engine, channel_to, hello, report, run, serving
+
+from batchpilot.agents.artefact import ONNX_FILE
+from batchpilot.agents.parameters import ConfigError
+from batchpilot.agents.registry import PolicyRegistry
+from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
+from batchpilot.service.groups import Groups, Promotion, is_canary
+from batchpilot.service.make_example_policy import write_example
+from batchpilot.service.settings import GroupSettings
+from batchpilot.service.state import read_promotions, write_promotions
+from batchpilot.service.wire import EngineKey
+
+CHAT = {"chat": {"policy": "static"}}
+
+
+def stub_of(channel):
+    return tuner_pb2_grpc.PolicyServiceStub(channel)
+
+
+async def refused(call):
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call
+    return error.value.code(), error.value.details()
+
+
+def promotion(policy, share=None, group="chat"):
+    return pb.PromotePolicyRequest(group=group, policy=policy, canary_share=share)
+
+
+def test_a_group_is_promoted_and_taken_back_without_dropping_a_stream():
+    async def test():
+        async with serving(groups=CHAT) as service, channel_to(service) as channel:
+            engine, policies = Engine(channel), stub_of(channel)
+            await engine.begin()
+            assert (await engine.ask(1)).limits.max_num_seqs == 256
+            await policies.PromotePolicy(promotion("static:max_num_seqs=100"))
+            await policies.PromotePolicy(promotion("static:max_num_seqs=90"))
+            await engine.send(report=report(2))
+            assert (await engine.call.read()).welcome.policy == "static:max_num_seqs=90"
+            assert (await engine.call.read()).lease.limits.max_num_seqs == 90
+            shown = await policies.GetPolicy(pb.GetPolicyRequest(group="chat"))
+            assert shown.group_policy == pb.GroupPolicy(
+                group="chat",
+                policy="static:max_num_seqs=90",
+                history=["static", "static:max_num_seqs=100"],
+            )
+            back = pb.RollBackPolicyRequest(group="chat")
+            for expected in ("static:max_num_seqs=100", "static"):
+                answer = await policies.RollBackPolicy(back)
+                assert answer.group_policy.policy == expected
+            code, _ = await refused(policies.RollBackPolicy(back))
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "text"),
+    [
+        (promotion("memory", group="nobody"), "NOT_FOUND", "no group 'nobody'; there are: chat"),
+        (promotion("nonsense"), "NOT_FOUND", "no policy 'nonsense'"),
+        (promotion("static:max_num_seqs=0"), "INVALID_ARGUMENT", "must be at least 1"),
+        (promotion("static:speed=1"), "INVALID_ARGUMENT", "unknown key 'speed'"),
+        (promotion("static:"), "INVALID_ARGUMENT", "is not key=value"),
+        (promotion("memory", 0.0), "INVALID_ARGUMENT", "canary_share=0.0"),
+        (promotion("memory", 1.5), "INVALID_ARGUMENT", "canary_share=1.5"),
+        (promotion("memory", float("nan")), "INVALID_ARGUMENT", "canary_share=nan"),
+        (promotion("learned:absent@1"), "NOT_FOUND", "no policy 'absent@1' in the registry"),
+        (promotion("learned:/etc/passwd"), "INVALID_ARGUMENT", "policy name"),
+        (promotion("learned:../../x"), "INVALID_ARGUMENT", "policy name"),
+    ],
+)
+def test_what_cannot_be_promoted_is_refused_and_changes_nothing(tmp_path, request_, code, text):
+    async def test():
+        storage = {"registry": str(tmp_path)}
+        async with serving(groups=CHAT, storage=storage) as service, channel_to(service) as channel:
+            found, details = await refused(stub_of(channel).PromotePolicy(request_))
+            assert (found.name, text in details) == (code, True), details
+            assert service.groups.promotions == {}
+
+    run(test)
+
+
+def test_promotions_outlive_the_service_and_reach_other_replicas(tmp_path):
+    storage = {"state": str(tmp_path / "state.json")}
+
+    async def test():
+        async with (
+            serving(groups=CHAT, storage=storage) as one,
+            serving(groups=CHAT, storage=storage) as two,
+            channel_to(one) as channel,
+        ):
+            await stub_of(channel).PromotePolicy(promotion("memory"))
+            two.reloader.now()
+            while two.groups.promotion("chat").policy != "memory":
+                await asyncio.sleep(0.01)
+        async with serving(groups=CHAT, storage=storage) as later:
+            assert later.groups.promotion("chat").policy == "memory"
+        changed = {"chat": {"policy": "memory-clt"}}
+        async with serving(groups=changed, storage=storage) as overruled:
+            assert overruled.groups.promotion("chat").policy == "memory-clt"
+
+    run(test)
+
+
+def test_a_promotion_that_cannot_be_kept_is_not_made(tmp_path):
+    async def test():
+        storage = {"state": str(tmp_path / "gone" / "state.json")}
+        async with serving(groups=CHAT, storage=storage) as service, channel_to(service) as channel:
+            code, _ = await refused(stub_of(channel).PromotePolicy(promotion("memory")))
+            assert code is grpc.StatusCode.UNAVAILABLE
+            assert service.groups.promotion("chat").policy == "static"
+
+    run(test)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"groups": {"chat": {}}}', '{"groups": 3}'])
+def test_a_damaged_state_file_is_named(tmp_path, content):
+    path = tmp_path / "state.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="state.json"):
+        read_promotions(path)
+
+
+def test_promotions_are_read_back_as_they_were_written(tmp_path):
+    path = tmp_path / "state.json"
+    promotions = {"chat": Promotion("static", "memory", "sla", 0.25, ("static", "memory-clt"))}
+    write_promotions(path, promotions)
+    assert read_promotions(path) == promotions
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
+
+
+KEYS = [EngineKey("chat", f"node-{number}", 0) for number in range(2000)]
+
+
+def canaries(share, policy="memory"):
+    tried = Promotion("static", "static", policy, share)
+    return {key for key in KEYS if is_canary(key, tried)}
+
+
+def test_a_canary_reaches_its_share_of_the_engines_always_the_same_ones():
+    tenth, half = canaries(0.1), canaries(0.5)
+    assert 160 <= len(tenth) <= 240
+    assert 940 <= len(half) <= 1060
+    assert tenth < half
+    assert canaries(1e-9) == set()
+    assert canaries(0.1, policy="memory-clt") != tenth
+    one = next(iter(tenth))
+    assert is_canary(one._replace(rank=7), Promotion("static", "static", "memory", 0.1))
+
+
+def test_a_canary_decides_for_its_engines_only_until_it_is_promoted_or_ended():
+    groups = Groups(GroupSettings(policy="static"), {})
+    tried = groups.promotion("chat").with_canary("memory", 0.1)
+    groups.set_promotions({"chat": tried})
+    chosen = {key: groups.choose(key) for key in KEYS}
+    assert {key for key, choice in chosen.items() if choice.canary} == canaries(0.1)
+    assert {(c.policy, c.canary) for c in chosen.values()} == {("static", False), ("memory", True)}
+    ended = tried.rolled_back()
+    assert ended == Promotion("static", "static")
+    assert tried.promoted("memory") == Promotion("static", "memory", history=("static",))
+    assert tried.promoted("static") == Promotion("static", "static")
+
+
+@pytest.fixture
+def registry(tmp_path):
+    """A registry with two versions of a policy: 1 follows memory+sla, 2 wants a little more."""
+    folder = tmp_path / "registry"
+    for version, shift in (("1", 0.0), ("2", 0.05)):
+        made = tmp_path / f"made-{version}"
+        write_example(made, version=version, shift_seqs=shift)
+        PolicyRegistry(folder).add(made)
+    return folder
+
+
+def learned(registry, version="1"):
+    name = PolicyRegistry(registry).names()[0]
+    return f"learned:{name}@{version}"
+
+
+def test_a_learned_policy_decides_from_the_registry(registry):
+    async def test():
+        groups = {"chat": {"policy": learned(registry), "itl_slo_ms": 50.0}}
+        async with (
+            serving(groups=groups, storage={"registry": str(registry)}) as service,
+            channel_to(service) as channel,
+        ):
+            one, two = Engine(channel), Engine(channel)
+            welcome = await one.begin()
+            assert (welcome.policy, welcome.detail) == (learned(registry), pb.DETAIL_STEPS)
+            await two.begin(hello(engine="node-2:1"))
+            steps = [pb.StepRecord(seconds=0.025, running=50, decode_seqs=50)] * 10
+            assert (await one.ask(1, steps=steps)).source == "learned"
+            assert (await two.ask(1, steps=steps)).source == "learned"
+            assert len(service._source._networks) == 1
+            listed = await stub_of(channel).ListPolicies(pb.ListPoliciesRequest(group="chat"))
+            mine = [p for p in listed.policies if p.in_use]
+            assert [(p.policy, len(p.sha256), p.problem) for p in mine] == [
+                (learned(registry), 64, "")
+            ]
+
+    run(test)
+
+
+def test_a_learned_policy_that_is_damaged_is_refused_and_named(registry):
+    async def test():
+        groups, storage = {"chat": {"policy": "memory"}}, {"registry": str(registry)}
+        (damaged,) = registry.glob(f"*/2/{ONNX_FILE}")
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        async with (
+            serving(groups=groups, storage=storage) as service,
+            channel_to(service) as channel,
+        ):
+            call = stub_of(channel).PromotePolicy(promotion(learned(registry, "2")))
+            code, details = await refused(call)
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            listed = await stub_of(channel).ListPolicies(pb.ListPoliciesRequest())
+            problems = {p.policy: p.problem for p in listed.policies if p.problem}
+            assert list(problems) == [learned(registry, "2")]
+            assert problems[learned(registry, "2")] == details
+
+    run(test)
+
+
+def test_a_policy_that_the_settings_name_must_be_there_at_start(registry):
+    async def test():
+        groups = {"chat": {"policy": "learned:absent@1"}}
+        with pytest.raises(ConfigError, match="group chat: no version '1' of policy 'absent'"):
+            async with serving(groups=groups, storage={"registry": str(registry)}):
+                pass
+
+    run(test)
+
+
+def test_every_answered_report_goes_to_the_experience_log(tmp_path):
+    folder = tmp_path / "experience"
+
+    async def test():
+        storage = {"experience": str(folder)}
+        default = {"policy": "static:max_num_seqs=8"}
+        async with (
+            serving(default=default, storage=storage) as service,
+            channel_to(service) as channel,
+        ):
+            engine = Engine(channel)
+            await engine.begin(hello(itl_slo_ms=40.0))
+            local = pb.BatchLimits(max_num_seqs=33, max_num_batched_tokens=4096)
+            await engine.ask(1)
+            await engine.ask(2, local_limits=local)
+
+    run(test)
+    first, second = pq.read_table(folder).to_pylist()
+    assert [first["sequence"], second["sequence"]] == [1, 2]
+    assert (first["engine_group"], first["engine"], first["itl_slo_ms"]) == (
+        "chat",
+        "node-1:77",
+        40.0,
+    )
+    assert first["window_decode_tokens"] == 500
+    assert (first["proposed_max_num_seqs"], first["limit_max_num_seqs"]) == (8, 50)
+    assert (first["clamp"], first["policy"]) == ("below_running", "static:max_num_seqs=8")
+    assert (first["local_max_num_seqs"], second["local_max_num_seqs"]) == (None, 33)
+
+
+def test_the_state_file_is_readable_by_people(tmp_path):
+    path = tmp_path / "state.json"
+    write_promotions(path, {"chat": Promotion("static", "memory")})
+    assert json.loads(path.read_text())["groups"]["chat"]["policy"] == "memory"

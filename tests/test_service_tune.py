@@ -1,0 +1,352 @@
+"""The service over real sockets: sessions, leases, policies that fail, and those who watch."""
+
+import asyncio
+
+import grpc
+import pytest
+from serving import Engine, channel_to, hello, report, run, serving
+
+from batchpilot.agents.catalog import POLICIES, PolicyKind
+from batchpilot.agents.limits import BatchLimits, Decision, Source
+from batchpilot.agents.static import StaticParameters
+from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
+
+STATIC = {"policy": "static:max_num_seqs=32"}
+
+
+class Raising:
+    """A policy that fails at its second decision, where the engine's prompt chunk says so."""
+
+    def __init__(self, params):
+        self.decisions = 0
+
+    def observe(self, step):
+        pass
+
+    def decide(self, snapshot):
+        self.decisions += 1
+        if snapshot.waiting == 13:
+            raise RuntimeError("thirteen")
+        return Decision(BatchLimits(9, 99999), Source.STATIC, "fixed")
+
+
+@pytest.fixture
+def raising(monkeypatch):
+    monkeypatch.setitem(POLICIES, "raising", PolicyKind(StaticParameters, Raising))
+
+
+def test_an_engine_is_welcomed_and_every_report_is_answered_in_order():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            engine = Engine(channel)
+            welcome = await engine.begin()
+            assert (welcome.report_interval_ms, welcome.policy) == (250, STATIC["policy"])
+            assert welcome.detail == pb.DETAIL_WINDOW
+            for sequence in (1, 2, 5):
+                lease = await engine.ask(sequence, window={"running": 4, "used_blocks": 10})
+                assert lease.sequence == sequence
+                assert lease.lease_ms == 2000
+                assert lease.limits == pb.BatchLimits(max_num_seqs=32, max_num_batched_tokens=8192)
+                assert (lease.source, lease.reason) == ("static", "fixed")
+            await engine.call.done_writing()
+            assert (await engine.status())[0] is grpc.StatusCode.OK
+            assert len(service.sessions) == 0
+
+    run(test)
+
+
+def test_the_service_shields_what_a_policy_wants():
+    async def test():
+        policy = {"policy": "static:max_num_seqs=8"}
+        async with serving(default=policy) as service, channel_to(service) as channel:
+            engine = Engine(channel)
+            await engine.begin()
+            lease = await engine.ask(1)
+            assert lease.limits.max_num_seqs == 50  # 50 run: none is ever taken out
+            assert service.meters.clamps == {("chat", "below_running"): 1}
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("policy", "detail"),
+    [
+        ("static", pb.DETAIL_WINDOW),
+        ("memory", pb.DETAIL_WINDOW),
+        ("memory+sla", pb.DETAIL_WINDOW),
+        ("memory+sla:memory=memory-peak", pb.DETAIL_STEPS),
+        ("memory-clt", pb.DETAIL_STEPS),
+        ("memory-peak", pb.DETAIL_STEPS),
+    ],
+)
+def test_policies_that_learn_lengths_ask_for_every_step(policy, detail):
+    async def test():
+        async with serving(default={"policy": policy}) as service, channel_to(service) as channel:
+            welcome = await Engine(channel).begin(hello(itl_slo_ms=50.0))
+            assert welcome.detail == detail
+
+    run(test)
+
+
+def test_a_new_session_of_the_same_engine_replaces_the_old_one():
+    async def test():
+        async with (
+            serving(default=STATIC) as service,
+            channel_to(service) as one,
+            channel_to(service) as two,
+        ):
+            old, other_rank, new = Engine(one), Engine(one), Engine(two)
+            await old.begin()
+            second = hello()
+            second.id.data_parallel_rank = 1
+            await other_rank.begin(second)
+            await new.begin()
+            code, text = await old.status()
+            assert code is grpc.StatusCode.ABORTED
+            assert text == "a new session of chat/node-1:77/0 has replaced this one"
+            assert (await new.ask(1)).sequence == 1
+            assert (await other_rank.ask(1)).sequence == 1
+            assert len(service.sessions) == 2
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("requests", "complaint"),
+    [
+        ([{"report": report(1)}], "the first request must be a hello"),
+        ([{}], "the first request must be a hello"),
+        ([{"hello": hello(engine="")}], "engine=''"),
+        ([{"hello": hello()}, {"hello": hello()}], "after the first must be a report"),
+        ([{"hello": hello()}, {"report": report(0)}], "sequence=0"),
+        ([{"hello": hello()}, {"report": report(2)}, {"report": report(2)}], "sequence=2"),
+        ([{"hello": hello()}, {"report": report(1, window={"seconds": -1})}], "seconds=-1"),
+        ([{"hello": hello()}, {"report": report(1, window={"running": 257})}], "running=257"),
+    ],
+)
+def test_what_cannot_be_real_ends_the_stream_with_invalid_argument(requests, complaint):
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            engine = Engine(channel)
+            for request in requests:
+                await engine.send(**request)
+            code, text = await engine.status()
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert complaint in text
+            assert service.meters.errors == {("Tune", "INVALID_ARGUMENT"): 1}
+            assert len(service.sessions) == 0
+
+    run(test)
+
+
+def test_garbage_ends_one_stream_and_nothing_else():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            healthy = Engine(channel)
+            await healthy.begin()
+            raw = channel.stream_stream("/batchpilot.v1.TunerService/Tune")()
+            await raw.write(b"\xff\xfe garbage")
+            assert await raw.code() is not grpc.StatusCode.OK
+            assert (await healthy.ask(1)).sequence == 1
+
+    run(test)
+
+
+def test_a_policy_that_raises_leaves_its_engine_alone_and_no_other(raising):
+    async def test():
+        async with (
+            serving(default={"policy": "raising"}) as service,
+            channel_to(service) as channel,
+        ):
+            one, two = Engine(channel), Engine(channel)
+            await one.begin()
+            await two.begin(hello(engine="node-2:1"))
+            assert (await one.ask(1)).limits.max_num_seqs == 50
+            await one.send(report=report(2, window={"waiting": 13}))
+            await one.send(report=report(3))  # still taken in, still without an answer
+            assert (await two.ask(1)).limits.max_num_seqs == 50
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            engines = (await stub.ListEngines(pb.ListEnginesRequest())).engines
+            assert [e.problem for e in engines] == [
+                "it raised an exception; see the service's log",
+                "",
+            ]
+            assert not engines[0].HasField("lease")
+            assert service.meters.policy_failures == {"chat": 1}
+
+    run(test)
+
+
+def test_an_engine_without_the_target_its_policy_needs_gets_no_lease_and_is_told_why():
+    async def test():
+        async with serving(default={"policy": "sla"}) as service, channel_to(service) as channel:
+            without, with_target = Engine(channel), Engine(channel)
+            await without.begin()
+            await with_target.begin(hello(engine="node-2:1", itl_slo_ms=50.0))
+            assert (await with_target.ask(1)).source == "sla"
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            engines = (await stub.ListEngines(pb.ListEnginesRequest())).engines
+            assert engines[0].problem == "policy 'sla': itl_slo_ms is required"
+
+    run(test)
+
+
+def test_more_sessions_than_allowed_are_refused_but_a_reconnection_is_not():
+    async def test():
+        async with (
+            serving(default=STATIC, limits={"max_sessions": 1}) as service,
+            channel_to(service) as channel,
+        ):
+            await Engine(channel).begin()
+            refused = Engine(channel)
+            await refused.send(hello=hello(engine="node-2:1"))
+            code, text = await refused.status()
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert text == "this service holds its most of 1 sessions"
+            assert (await Engine(channel).begin()).policy == STATIC["policy"]
+
+    run(test)
+
+
+def test_reports_faster_than_allowed_end_the_stream():
+    async def test():
+        async with (
+            serving(
+                default=STATIC, limits={"report_burst": 3, "reports_per_second": 0.001}
+            ) as service,
+            channel_to(service) as channel,
+        ):
+            engine = Engine(channel)
+            await engine.begin()
+            for sequence in (1, 2, 3):
+                await engine.ask(sequence)
+            await engine.send(report=report(4))
+            code, text = await engine.status()
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert text == "reports come faster than 0.001 a second"
+
+    run(test)
+
+
+def test_a_message_larger_than_allowed_is_not_read():
+    async def test():
+        async with (
+            serving(default=STATIC, limits={"max_message_bytes": 4096}) as service,
+            channel_to(service) as channel,
+        ):
+            engine = Engine(channel)
+            await engine.begin()
+            columns = pb.SequenceColumns(kv_tokens=range(5000))
+            await engine.send(report=report(1, running=columns))
+            assert (await engine.status())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    run(test)
+
+
+def test_limits_can_be_asked_for_without_a_stream():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            key = hello().id
+            with pytest.raises(grpc.aio.AioRpcError) as unknown:
+                await stub.GetLimits(pb.GetLimitsRequest(id=key, report=report(1)))
+            assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+            asked = pb.GetLimitsRequest(id=key, hello=hello(), report=report(1))
+            assert (await stub.GetLimits(asked)).lease.limits.max_num_seqs == 50
+            newest = await stub.GetLimits(pb.GetLimitsRequest(id=key))
+            assert newest.lease.sequence == 1
+            engine = Engine(channel)
+            await engine.begin()  # takes the entry's place
+            with pytest.raises(grpc.aio.AioRpcError) as has_stream:
+                await stub.GetLimits(pb.GetLimitsRequest(id=key, report=report(2)))
+            assert has_stream.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+    run(test)
+
+
+def test_an_entry_without_a_stream_ends_when_its_reports_stop():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            asked = pb.GetLimitsRequest(id=hello().id, hello=hello(), report=report(1))
+            await stub.GetLimits(asked)
+            streaming = Engine(channel)
+            await streaming.begin(hello(engine="node-2:1"))
+            for session in service.sessions:
+                session.reported_at -= 31.0
+            service.sessions.sweep()
+            assert [session.key.engine for session in service.sessions] == ["node-2:1"]
+
+    run(test)
+
+
+def test_a_watcher_sees_everything_first_and_then_what_changes():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            one, two = Engine(channel), Engine(channel)
+            await one.begin()
+            await two.begin(hello(engine="node-2:1"))
+            await one.ask(1)
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            watching = stub.WatchEngine(pb.WatchEngineRequest(group="chat", interval_ms=200))
+            first = await watching.read()
+            assert [e.id.engine for e in first.engines] == ["node-1:77", "node-2:1"]
+            assert first.engines[0].window.running == 50
+            assert first.engines[0].applied_limits.max_num_seqs == 64
+            assert first.engines[0].lease.limits.max_num_seqs == 50
+            assert not first.engines[1].HasField("lease")
+            await two.ask(1)
+            assert [e.id.engine for e in (await watching.read()).engines] == ["node-2:1"]
+            one.call.cancel()
+            gone = await watching.read()
+            assert ([e.engine for e in gone.gone], len(gone.engines)) == (["node-1:77"], 0)
+
+    run(test)
+
+
+def test_a_watcher_of_nothing_is_told_so_at_once():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            first = await stub.WatchEngine(pb.WatchEngineRequest(group="none")).read()
+            assert first == pb.WatchEngineResponse()
+
+    run(test)
+
+
+def test_more_watchers_than_allowed_are_refused():
+    async def test():
+        async with (
+            serving(default=STATIC, limits={"max_watchers": 1}) as service,
+            channel_to(service) as channel,
+        ):
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            first = stub.WatchEngine(pb.WatchEngineRequest())
+            await first.read()
+            second = stub.WatchEngine(pb.WatchEngineRequest())
+            assert await second.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            first.cancel()
+            while service._tuner.watchers:
+                await asyncio.sleep(0.01)
+            third = stub.WatchEngine(pb.WatchEngineRequest())
+            assert await third.read() == pb.WatchEngineResponse()
+
+    run(test)
+
+
+def test_synchronous_clients_are_served_too():
+    async def test():
+        async with serving(default=STATIC) as service:
+            lease = await asyncio.to_thread(ask_synchronously, str(service.address))
+            assert lease.limits.max_num_seqs == 50
+
+    def ask_synchronously(address):
+        with grpc.insecure_channel(address) as channel:
+            requests = iter([pb.TuneRequest(hello=hello()), pb.TuneRequest(report=report(1))])
+            answers = tuner_pb2_grpc.TunerServiceStub(channel).Tune(requests)
+            welcome, lease = next(answers), next(answers)
+            assert welcome.WhichOneof("kind") == "welcome"
+            return lease.lease
+
+    run(test)
