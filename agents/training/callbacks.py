@@ -59,15 +59,15 @@ class Rhythm:
 
     Attributes:
         every: Steps.
-        off: Never.
+        is_on: False: never.
     """
 
     every: int
-    off: bool = False
+    is_on: bool = True
 
     def is_due(self, before: int, now: int) -> bool:
         """Whether a multiple lies in (before, now]."""
-        return not self.off and before // self.every < now // self.every
+        return self.is_on and before // self.every < now // self.every
 
 
 class BetweenRollouts(BaseCallback):
@@ -114,7 +114,9 @@ class BetweenRollouts(BaseCallback):
             resume_chance(self._chance)
             self._chance = None
         now = self.model.num_timesteps
-        if self._evaluations.is_due(self._before, now):
+        # The untrained agent is a candidate too: a residual one is its base policy.
+        is_start = now == 0 and self._evaluations.is_on
+        if is_start or self._evaluations.is_due(self._before, now):
             self.evaluate_now()
         if self._checkpoints.is_due(self._before, now) or self._stop.is_set:
             self.save_now()
