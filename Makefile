@@ -109,8 +109,8 @@ bench-training: setup  ## environment steps per second of training, in one and t
 # Trains beyond a small GPU's capacity, compares on seeds it has not seen, and serves what came of it.
 train-demo: setup  ## trains an agent, compares it, serves it to a live vLLM: about 15 minutes
 	rm -rf results/train-demo
-	$(BIN)/batchpilot train --config demo --timesteps 12288 --eval-every 4096 --checkpoint-every 4096 \
-	  --name demo --out results/train-demo
+	$(BIN)/batchpilot train --config demo --timesteps 8192 --eval-every 2048 --checkpoint-every 2048 \
+	  --test-episodes 16 --name demo --out results/train-demo
 	$(BIN)/batchpilot bench $(SCARCE_MEMORY) --kv-blocks 64 --workload chat:output_max=400 --num-requests 16 --rounds 1 \
 	  --policies static,memory+sla,predictive,learned:results/train-demo/policy \
 	  --json results/train-demo/live.json --html results/train-demo/live.html
