@@ -9,6 +9,7 @@ from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import BatchLimits, Decision, EngineSnapshot, Source, StepRecord
 from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
+from batchpilot.agents.pace import MeanPace
 from batchpilot.agents.parameters import Parameters, parameter
 from batchpilot.agents.prefill_queue import PrefillQueue
 from batchpilot.agents.step_time import StepTimeEstimator
@@ -21,7 +22,7 @@ TRUSTED_ERROR = 0.1
 DOUBTED_ERROR = 0.2
 #: A step that may be late takes at most so many times what others aim at: longer ones compute
 #: hardly more tokens a second, and a short answer would feel them.
-LATE_STEP = 3.0
+LATE_STEP = 2.0
 #: Share of the time to the first token that is planned with.
 TTFT_AIM = 0.9
 #: Steps between two looks at whether the model can be trusted, and at the latency's batch size.
@@ -82,6 +83,7 @@ class PredictivePolicy:
             None if params.ttft_slo_ms is None else TTFT_AIM * params.ttft_slo_ms / 1e3
         )
         self._late_gaps = None if self._target is None else LateGapBudget(self._target)
+        self._pace = None if self._target is None else MeanPace(self._target)
         self._queue = PrefillQueue()
         self.step_time = StepTimeEstimator()
         self._trusted = False
@@ -98,6 +100,8 @@ class PredictivePolicy:
             self._queue.observe(step)
         if self._late_gaps is not None:
             self._late_gaps.observe(step)
+        if self._pace is not None:
+            self._pace.observe(step)
             if not self._trusted and step.regular and self._target is not None:
                 self._start_slowly(step, self._target)
         if self._guard is not None:
@@ -139,7 +143,7 @@ class PredictivePolicy:
 
     def _aim(self, target: float) -> float:
         """The time a step may take: further below the target, the more gaps were late lately."""
-        late = self._late_gaps.used if self._late_gaps is not None else 1.0
+        late = min(self._late_gaps.used, 1.0) if self._late_gaps is not None else 1.0
         return target / (1 + NOISE_MARGIN * late * self.step_time.noise)
 
     def _kv_tokens(self, snapshot: EngineSnapshot) -> int:
@@ -159,25 +163,30 @@ class PredictivePolicy:
             prefill = self.step_time.largest_prefill(decodes, kv_tokens, aim)
             if prefill < self._chunk:
                 prefill, reason = self._chunk, "the least chunk: the target leaves no more"
-            if self._spends(snapshot, prefill, aim):
-                prefill = self.step_time.largest_prefill(decodes, kv_tokens, LATE_STEP * aim)
-                reason = "a late first token is worth a slow step"
+            many = self._worth_a_slow_step(snapshot, prefill, aim)
+            if many:
+                prefill, reason = many, "a late first token is worth a slow step"
             tokens = min(decodes * snapshot.engine.tokens_per_decode + prefill, tokens)
         return self._decided(seqs, tokens, Source.PREDICTIVE, reason)
 
-    def _spends(self, snapshot: EngineSnapshot, prefill: int, aim: float) -> bool:
-        """Whether this step may be late so that a first token need not be."""
-        queue, budget = self._queue, self._late_gaps
-        if self._ttft_target is None or budget is None:
-            return False
+    def _worth_a_slow_step(self, snapshot: EngineSnapshot, prefill: int, aim: float) -> int:
+        """Prompt tokens of a step that is late so that a first token need not be; 0 for none."""
+        queue, budget, pace = self._queue, self._late_gaps, self._pace
+        if self._ttft_target is None or budget is None or pace is None:
+            return 0
         queue.update(snapshot)
-        spends = (
-            queue.backlog_tokens > prefill
-            and budget.allows(snapshot.decode_seqs)
-            and queue.is_late(snapshot.clock_seconds, prefill / aim, self._ttft_target)
-        )
-        budget.plan(snapshot.decode_seqs if spends else 0)
-        return spends
+        decodes, slow, many = snapshot.decode_seqs, LATE_STEP * aim, 0
+        if queue.backlog_tokens > prefill and (budget.allows(decodes) or pace.affords(slow)):
+            many = self.step_time.largest_prefill(decodes, self._kv_tokens(snapshot), slow)
+            if not queue.can_be_saved(
+                snapshot.clock_seconds,
+                self._ttft_target,
+                tokens_per_second=prefill / aim,
+                at_most=max(many, 1) / slow,
+            ):
+                many = 0
+        budget.plan(decodes if many else 0)
+        return many
 
     def _check(self, snapshot: EngineSnapshot, target: float) -> None:
         """Whether the model can be trusted at its working point, and how large a batch may be."""
@@ -205,6 +214,8 @@ class PredictivePolicy:
         context = self._kv_tokens(snapshot) / snapshot.running
         lengths = self._lengths.latest
         if lengths is not None:
+            if self._pace is not None:
+                self._pace.set_life(lengths.mean)
             grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
             context = max(context, lengths.prompt_mean + grown)
         fits, too_many = 1, snapshot.engine.startup_limits.max_num_seqs + 1
