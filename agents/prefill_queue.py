@@ -78,7 +78,8 @@ class PrefillQueue:
         ahead = 0
         for request in islice(self._pending, LOOKED_AT):
             ahead += request.left
-            left = target_seconds - (now - (request.since or now))
+            since = now if request.since is None else request.since
+            left = target_seconds - (now - since)
             if ahead / at_most < left < ahead / tokens_per_second:
                 return True
         return False
