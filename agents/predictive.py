@@ -108,10 +108,11 @@ class PredictivePolicy:
     def _guarded(self, snapshot: EngineSnapshot, prefill: int) -> Decision:
         """The guard's sequence limit, and a token budget that has kept the target so far."""
         limits = self._guard.decide(snapshot).limits
+        seqs = max(limits.max_num_seqs, snapshot.running, 1)
         tokens, decodes = limits.max_num_batched_tokens, snapshot.decode_seqs
         if decodes:
             tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill)
-        return self._decided(limits.max_num_seqs, tokens, COLD, Source.MEMORY_SLA)
+        return self._decided(seqs, tokens, COLD, Source.MEMORY_SLA)
 
     def _decided(
         self, seqs: int, tokens: int, reason: str, source: Source = Source.PREDICTIVE

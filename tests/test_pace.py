@@ -16,8 +16,8 @@ def test_the_budget_is_earned_gap_by_gap():
     assert not budget.allows(1)
     for _ in range(200):
         budget.observe(step(0.02))
-    assert budget.allows(15)  # 0.8 % of not quite 2,000 gaps
-    assert not budget.allows(16)
+    assert budget.allows(11)  # 0.6 % of not quite 2,000 gaps
+    assert not budget.allows(12)
     assert budget.used == 0
 
 
