@@ -7,7 +7,7 @@ from collections import deque
 from batchpilot.agents.limits import StepRecord
 
 #: A target is about the 99th percentile; what is spent on purpose stays below the last percent.
-LATE_SHARE = 0.008
+LATE_SHARE = 0.006
 #: Steps over which the share is reckoned.
 MEMORY_STEPS = 10_000
 #: Steps that may be scheduled before the first of them is back: vLLM works one ahead.

@@ -5,27 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
-from batchpilot.agents.late_gaps import LateGapBudget
+from batchpilot.agents.latency_limits import FITS, LatencyLimits
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import BatchLimits, Decision, EngineSnapshot, Source, StepRecord
 from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
 from batchpilot.agents.parameters import Parameters, parameter
-from batchpilot.agents.prefill_queue import PrefillQueue
 from batchpilot.agents.step_time import StepTimeEstimator
 
-#: The target is aimed at from below by so many standard deviations of the step time's noise.
-NOISE_MARGIN = 2.0
-#: The model decides once its stated error where it would work is below the first, and gives way
-#: once the error or the noise of its innovations is above the second.
-TRUSTED_ERROR = 0.1
-DOUBTED_ERROR = 0.2
-#: A step that may be late takes at most so many times what others aim at: longer ones compute
-#: hardly more tokens a second, and a short answer would feel them.
-LATE_STEP = 3.0
-#: Share of the time to the first token that is planned with.
-TTFT_AIM = 0.9
-#: Steps between two looks at whether the model can be trusted, and at the latency's batch size.
-CHECK_STEPS = 16
+COLD = "the step time is not known well enough"
+LARGER_BATCH = "predicted step time of a larger batch"
+PEAK = "peak of future memory"
 
 
 @dataclass(frozen=True)
@@ -35,7 +24,9 @@ class PredictiveParameters(Parameters):
     itl_slo_ms: float | None = parameter(
         None, above=0, help="inter-token latency target; none: throughput alone counts"
     )
-    ttft_slo_ms: float | None = parameter(None, above=0, help="time-to-first-token target")
+    ttft_slo_ms: float | None = parameter(
+        None, above=0, help="time-to-first-token target, beside itl_slo_ms"
+    )
     memory_overflow_probability: float = parameter(
         0.2, above=0, below=0.5, help="eps_M: how often the peak to come may overflow"
     )
@@ -45,178 +36,88 @@ class PredictiveParameters(Parameters):
 
 
 class PredictivePolicy:
-    """Computes both limits from the learned step time t(D, P, K) and the learned lengths.
+    """Computes both limits, where others search for them.
 
-    Formula, with target tau, noise sigma of the step time, c = tau / (1 + 2 sigma), D decodes about
-    to run and K tokens in the KV cache:
+    Formula: max_num_seqs is the lesser of `memory-peak`'s and `LatencyLimits.largest_batch`;
+    max_num_batched_tokens is D plus `LatencyLimits.prefill`. See there.
 
-        max_num_batched_tokens = D + max(chunk, largest P with t(D, P, K) <= c)
-        max_num_seqs = min(b_memory, largest b with t(b, chunk, b kappa) <= c)
-
-    b_memory is `memory-peak`'s; kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence
-    holds on average over its life.
-
-    Regimes: without a target it is `memory-peak` with the start-up token budget. With one, until
-    the model's stated error at its own working point is below `TRUSTED_ERROR`, and again when its
-    error or its noise passes `DOUBTED_ERROR`, `memory+sla` decides.
+    Regimes: without a latency target it is `memory-peak` with the start-up token budget. With one,
+    `memory+sla` decides the sequence limit until the step time can be trusted, and again when its
+    innovations or its own stated error say that it cannot; `Decision.source` and the reason tell.
+    Under more load than the target allows, running sequences keep their pace and others wait.
 
     Limitations: where even the least chunk beside the running decodes misses the target, the limits
-    only keep more sequences out: nobody is thrown out of the batch.
+    only keep more sequences out: nobody is thrown out of the batch. Noise in the step time costs
+    capacity, since it is aimed at from below.
     """
 
     def __init__(self, params: PredictiveParameters) -> None:
         """Starts without a model."""
-        self._chunk = params.min_prefill_chunk
-        self._target = None if params.itl_slo_ms is None else params.itl_slo_ms / 1e3
-        self._lengths = LengthEstimator()
+        lengths = LengthEstimator()
         memory = MemoryPeakParameters(
             memory_overflow_probability=params.memory_overflow_probability
         )
-        self._memory = MemoryPeakPolicy(memory, self._lengths)
-        self._guard = (
-            None
-            if params.itl_slo_ms is None
-            else MemorySlaPolicy(MemorySlaParameters(itl_slo_ms=params.itl_slo_ms))
-        )
-        self._ttft_target = (
-            None if params.ttft_slo_ms is None else TTFT_AIM * params.ttft_slo_ms / 1e3
-        )
-        self._late_gaps = None if self._target is None else LateGapBudget(self._target)
-        self._queue = PrefillQueue()
-        self.step_time = StepTimeEstimator()
-        self._trusted = False
-        self._slow_start = self._chunk
-        self._latency_limit = 1
-        self._steps_to_check = 0
+        self._memory = MemoryPeakPolicy(memory, lengths)
+        self._latency: LatencyLimits | None = None
+        if params.itl_slo_ms is not None:
+            ttft_seconds = None if params.ttft_slo_ms is None else params.ttft_slo_ms / 1e3
+            self._latency = LatencyLimits(
+                params.itl_slo_ms / 1e3, ttft_seconds, params.min_prefill_chunk, lengths
+            )
+            self._guard = MemorySlaPolicy(MemorySlaParameters(itl_slo_ms=params.itl_slo_ms))
         self._decision: Decision | None = None
+
+    @property
+    def step_time(self) -> StepTimeEstimator | None:
+        """The learned step time; None without a latency target."""
+        return None if self._latency is None else self._latency.step_time
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the learned step time decides."""
+        return self._latency is not None and self._latency.is_trusted
 
     def observe(self, step: StepRecord) -> None:
         """Learns the step's time and the lengths of what arrived and finished."""
         self._memory.observe(step)
-        if self._guard is not None:
-            self.step_time.observe(step)
-            self._queue.observe(step)
-        if self._late_gaps is not None:
-            self._late_gaps.observe(step)
-            if not self._trusted and step.regular and self._target is not None:
-                self._start_slowly(step, self._target)
-        if self._guard is not None:
+        if self._latency is not None:
+            self._latency.observe(step)
             self._guard.observe(step)
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
         """Both limits of the step about to be scheduled."""
-        memory = self._memory.decide(snapshot)
-        if self._target is None or self._guard is None:
-            return self._decided(
-                memory.limits.max_num_seqs,
-                memory.limits.max_num_batched_tokens,
-                Source.PREDICTIVE,
-                memory.reason,
-            )
-        guard = self._guard.decide(snapshot)
-        self._steps_to_check -= 1
-        if self._steps_to_check <= 0:
-            self._check(snapshot, self._target)
-        if not self._trusted:
-            return self._cautious(snapshot, guard)
-        return self._predict(snapshot, memory, self._target)
-
-    def _cautious(self, snapshot: EngineSnapshot, guard: Decision) -> Decision:
-        """The guard's sequence limit; a token budget that has kept the target so far."""
-        tokens = guard.limits.max_num_batched_tokens
-        if snapshot.decode_seqs:
-            decode_tokens = snapshot.decode_seqs * snapshot.engine.tokens_per_decode
-            tokens = min(tokens, decode_tokens + self._slow_start)
-        reason = "the step time is not known well enough"
-        return self._decided(guard.limits.max_num_seqs, tokens, Source.MEMORY_SLA, reason)
-
-    def _start_slowly(self, step: StepRecord, target: float) -> None:
-        """Doubles the prompt tokens of a step while they keep the target, else halves them."""
-        if step.seconds > target:
-            self._slow_start = max(self._chunk, self._slow_start // 2)
-        elif 2 * step.prefill_tokens >= self._slow_start:
-            self._slow_start *= 2
-
-    def _aim(self, target: float) -> float:
-        """The time a step may take: further below the target, the more gaps were late lately."""
-        late = self._late_gaps.used if self._late_gaps is not None else 1.0
-        return target / (1 + NOISE_MARGIN * late * self.step_time.noise)
-
-    def _kv_tokens(self, snapshot: EngineSnapshot) -> int:
-        return snapshot.used_blocks * snapshot.engine.block_size
-
-    def _predict(self, snapshot: EngineSnapshot, memory: Decision, target: float) -> Decision:
-        startup = snapshot.engine.startup_limits
+        memory, latency = self._memory.decide(snapshot), self._latency
+        if latency is None:
+            limits = memory.limits
+            return self._decided(limits.max_num_seqs, limits.max_num_batched_tokens, memory.reason)
+        latency.check(snapshot)
+        if not latency.is_trusted:
+            return self._guarded(snapshot, latency.slow_start_tokens)
+        seqs, reason = memory.limits.max_num_seqs, PEAK
+        if latency.largest_batch < seqs:
+            seqs, reason = max(latency.largest_batch, snapshot.running), LARGER_BATCH
+        tokens = snapshot.engine.startup_limits.max_num_batched_tokens
         decodes = snapshot.decode_seqs
-        seqs, reason = memory.limits.max_num_seqs, "peak of future memory"
-        if self._latency_limit < seqs:
-            seqs, reason = self._latency_limit, "predicted step time of a larger batch"
-        if seqs < snapshot.running:
-            seqs = max(1, snapshot.running)
-        tokens = startup.max_num_batched_tokens
         if decodes:
-            kv_tokens, aim = self._kv_tokens(snapshot), self._aim(target)
-            prefill = self.step_time.largest_prefill(decodes, kv_tokens, aim)
-            if prefill < self._chunk:
-                prefill, reason = self._chunk, "the least chunk: the target leaves no more"
-            if self._spends(snapshot, prefill, aim):
-                prefill = self.step_time.largest_prefill(decodes, kv_tokens, LATE_STEP * aim)
-                reason = "a late first token is worth a slow step"
-            tokens = min(decodes * snapshot.engine.tokens_per_decode + prefill, tokens)
-        return self._decided(seqs, tokens, Source.PREDICTIVE, reason)
+            prefill = latency.prefill(snapshot)
+            tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill.tokens)
+            if prefill.reason is not FITS:
+                reason = prefill.reason
+        return self._decided(seqs, tokens, reason)
 
-    def _spends(self, snapshot: EngineSnapshot, prefill: int, aim: float) -> bool:
-        """Whether this step may be late so that a first token need not be."""
-        queue, budget = self._queue, self._late_gaps
-        if self._ttft_target is None or budget is None:
-            return False
-        queue.update(snapshot)
-        spends = (
-            queue.backlog_tokens > prefill
-            and budget.allows(snapshot.decode_seqs)
-            and queue.is_late(snapshot.clock_seconds, prefill / aim, self._ttft_target)
-        )
-        budget.plan(snapshot.decode_seqs if spends else 0)
-        return spends
+    def _guarded(self, snapshot: EngineSnapshot, prefill: int) -> Decision:
+        """The guard's sequence limit, and a token budget that has kept the target so far."""
+        limits = self._guard.decide(snapshot).limits
+        seqs = max(limits.max_num_seqs, snapshot.running, 1)
+        tokens, decodes = limits.max_num_batched_tokens, snapshot.decode_seqs
+        if decodes:
+            tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill)
+        return self._decided(seqs, tokens, COLD, Source.MEMORY_SLA)
 
-    def _check(self, snapshot: EngineSnapshot, target: float) -> None:
-        """Whether the model can be trusted at its working point, and how large a batch may be."""
-        model = self.step_time
-        if not snapshot.decode_seqs:
-            return
-        self._steps_to_check = CHECK_STEPS if self._trusted else 1
-        kv_tokens = self._kv_tokens(snapshot)
-        aim = self._aim(target)
-        prefill = model.largest_prefill(snapshot.decode_seqs, kv_tokens, aim)
-        prefill = min(
-            max(prefill, self._chunk), snapshot.engine.startup_limits.max_num_batched_tokens
-        )
-        error = max(
-            model.relative_error(snapshot.decode_seqs, prefill, kv_tokens),
-            model.relative_error(snapshot.decode_seqs, 0, kv_tokens),
-        )
-        bound = DOUBTED_ERROR if self._trusted else TRUSTED_ERROR
-        self._trusted = model.has_weights and error <= bound and model.noise <= bound
-        if self._trusted:
-            self._latency_limit = self._largest_batch(snapshot, aim)
-
-    def _largest_batch(self, snapshot: EngineSnapshot, aim: float) -> int:
-        """The largest b whose decode step, with the least chunk, is within the time."""
-        context = self._kv_tokens(snapshot) / max(snapshot.running, 1)
-        lengths = self._lengths.latest
-        if lengths is not None:
-            grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
-            context = max(context, lengths.prompt_mean + grown)
-        fits, too_many = 1, snapshot.engine.startup_limits.max_num_seqs + 1
-        while too_many - fits > 1:
-            tried = (fits + too_many) // 2
-            if self.step_time.predict(tried, self._chunk, int(tried * context)) <= aim:
-                fits = tried
-            else:
-                too_many = tried
-        return fits
-
-    def _decided(self, seqs: int, tokens: int, source: Source, reason: str) -> Decision:
+    def _decided(
+        self, seqs: int, tokens: int, reason: str, source: Source = Source.PREDICTIVE
+    ) -> Decision:
+        """The decision held, where it is the same."""
         held = self._decision
         if (
             held is None
@@ -225,6 +126,5 @@ class PredictivePolicy:
             or held.reason is not reason
             or held.source is not source
         ):
-            held = Decision(BatchLimits(seqs, tokens), source, reason)
-            self._decision = held
+            self._decision = held = Decision(BatchLimits(seqs, tokens), source, reason)
         return held

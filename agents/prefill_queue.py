@@ -64,18 +64,22 @@ class PrefillQueue:
                 break
             request.since = snapshot.clock_seconds
 
-    def is_late(self, now: float, tokens_per_second: float, target_seconds: float) -> bool:
-        """Whether a request that can still make its first token in time would miss it.
+    def can_be_saved(
+        self, now: float, target_seconds: float, *, tokens_per_second: float, at_most: float
+    ) -> bool:
+        """Whether a request would miss its first token's target at one pace, but not at another.
 
         Args:
             now: The engine's clock.
-            tokens_per_second: Pace at which prompt tokens will be computed.
             target_seconds: For the time to the first token.
+            tokens_per_second: Pace at which prompt tokens would be computed.
+            at_most: The faster pace.
         """
         ahead = 0
         for request in islice(self._pending, LOOKED_AT):
             ahead += request.left
-            waited = now - (request.since or now)
-            if waited < target_seconds < waited + ahead / tokens_per_second:
+            since = now if request.since is None else request.since
+            left = target_seconds - (now - since)
+            if ahead / at_most < left < ahead / tokens_per_second:
                 return True
         return False

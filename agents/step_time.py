@@ -35,6 +35,7 @@ SMALLEST_NOISE = 0.005
 #: Information on each weight to begin with, in relative errors; next to nothing.
 PRIOR = 1e-6
 NOISE_GAIN = 0.05
+BIAS_GAIN = 1 / 32
 #: Mean absolute deviation to standard deviation, for a normal distribution.
 MEAN_DEVIATION_TO_SIGMA = math.sqrt(math.pi / 2)
 
@@ -91,6 +92,13 @@ class StepTimeEstimator:
     Outliers: an innovation beyond three deviations is clipped to that, and the median ignores it.
     Irregular steps (start-up, after an idle gap) are not looked at.
 
+    Attributes:
+        steps: Steps it has learned from.
+        speed: The factor on the whole model.
+        bias: Mean of the newest few dozen innovations, each relative and at most 1: far from 0, the
+            model is wrong.
+        has_weights: Whether it can predict at all.
+
     Limitations: it knows a step by three numbers. Prompts of one step are taken for one prompt
     without context before it.
     """
@@ -112,6 +120,7 @@ class StepTimeEstimator:
         self._noise = FIRST_NOISE
         self.steps = 0
         self.speed = 1.0
+        self.bias = 0.0
         self.has_weights = False
 
     @property
@@ -231,7 +240,8 @@ class StepTimeEstimator:
             self._absorb()
 
     def _believable(self, step: StepRecord, ratio: float) -> float:
-        """Measured over predicted time, clipped; updates the noise."""
+        """Measured over predicted time, clipped; updates the noise and the bias."""
+        self.bias += BIAS_GAIN * (min(ratio - 1.0, 1.0) - self.bias)
         deviation = abs(ratio - 1.0)
         bound = CLIP_DEVIATIONS * self._noise
         counted = deviation

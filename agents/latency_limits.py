@@ -1,0 +1,184 @@
+"""Both limits that a latency target leaves, from a step time that is learned online."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from batchpilot.agents.late_gaps import LateGapBudget
+from batchpilot.agents.lengths import LengthEstimator
+from batchpilot.agents.limits import EngineSnapshot, StepRecord
+from batchpilot.agents.pace import MeanPace
+from batchpilot.agents.prefill_queue import PrefillQueue
+from batchpilot.agents.step_time import StepTimeEstimator
+
+#: The target is aimed at from below by so many standard deviations of the step time's noise, once
+#: the late gaps are spent.
+NOISE_MARGIN = 2.0
+#: The model is trusted once its stated error where it would work, and the mean of its innovations,
+#: are below the first, and doubted again once one of them is above the second; and never while the
+#: noise is above the third.
+TRUSTED_ERROR, DOUBTED_ERROR = 0.1, 0.2
+TOO_NOISY = 0.5
+#: A slow step takes at most so many times what others aim at: longer ones compute hardly more
+#: tokens a second, and a short answer would feel them.
+SLOW_STEP = 2.0
+#: Share of the time to the first token that is planned with.
+TTFT_AIM = 0.9
+#: Steps between two looks at whether the model can be trusted, and at the largest batch.
+CHECK_STEPS = 16
+
+FITS = "largest prefill within the target"
+LEAST_CHUNK = "the least chunk: the target leaves no more"
+SLOW = "a late first token is worth a slow step"
+
+
+class Prefill(NamedTuple):
+    """Prompt tokens of the step about to be scheduled, and why so many."""
+
+    tokens: int
+    reason: str
+
+
+class LatencyLimits:
+    """What a target leaves, and whether the model behind it can be trusted.
+
+    Formula, with target tau, noise sigma, u <= 1 the share of the permitted late gaps that is used,
+    c = tau / (1 + 2 u sigma), D decodes about to run and K tokens in the KV cache:
+
+        prefill = max(chunk, largest P with t(D, P, K) <= c)
+        largest batch = largest b with t(b, chunk, b kappa) <= c
+
+    where kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence holds on average over its
+    life. While nobody decodes, nobody waits for a token, and prefill is not limited.
+
+    With a target for the first token, a step may take twice c where that saves a waiting request's
+    first token and either the late gaps are not spent yet or the mean pace affords it.
+
+    Before the model is trusted, prefill starts slowly: from the least chunk it doubles while the
+    target is kept, and halves when it is not. That also shows the model what it has to know.
+    """
+
+    def __init__(
+        self,
+        itl_slo_seconds: float,
+        ttft_slo_seconds: float | None,
+        min_prefill_chunk: int,
+        lengths: LengthEstimator,
+    ) -> None:
+        """Starts without a model."""
+        self._target = itl_slo_seconds
+        self._ttft_aim = None if ttft_slo_seconds is None else TTFT_AIM * ttft_slo_seconds
+        self._chunk = self._slow_start = min_prefill_chunk
+        self._lengths = lengths
+        self._late_gaps = LateGapBudget(itl_slo_seconds)
+        self._pace = MeanPace(itl_slo_seconds)
+        self._queue = PrefillQueue()
+        self._steps_to_check = 0
+        self.step_time = StepTimeEstimator()
+        self.is_trusted = False
+        self.largest_batch = 1
+
+    @property
+    def slow_start_tokens(self) -> int:
+        """Prompt tokens of a step that has kept the target so far, while nothing is known."""
+        return self._slow_start
+
+    def observe(self, step: StepRecord) -> None:
+        """Learns the step's time, and what it spent."""
+        self.step_time.observe(step)
+        self._late_gaps.observe(step)
+        if self._ttft_aim is not None:
+            self._pace.observe(step)
+            self._queue.observe(step)
+        if not self.is_trusted and step.regular:
+            self._start_slowly(step)
+
+    def check(self, snapshot: EngineSnapshot) -> None:
+        """Now and then: whether the model can be trusted, and how large a batch it allows."""
+        self._steps_to_check -= 1
+        if self._steps_to_check > 0 or not snapshot.decode_seqs:
+            return
+        self.is_trusted = self._deserves_trust(snapshot)
+        self._steps_to_check = CHECK_STEPS if self.is_trusted else 1
+        if self.is_trusted:
+            self.largest_batch = self._largest_batch(snapshot)
+
+    def prefill(self, snapshot: EngineSnapshot) -> Prefill:
+        """Prompt tokens that the step about to be scheduled has time for, beside its decodes."""
+        decodes = snapshot.decode_seqs
+        kv_tokens = snapshot.used_blocks * snapshot.engine.block_size
+        aim = self._aim()
+        tokens, reason = self.step_time.largest_prefill(decodes, kv_tokens, aim), FITS
+        if tokens < self._chunk:
+            tokens, reason = self._chunk, LEAST_CHUNK
+        if self._ttft_aim is not None:
+            self._queue.update(snapshot)
+            more = self._saving(snapshot, tokens, kv_tokens, aim, self._ttft_aim)
+            self._late_gaps.plan(decodes if more else 0)
+            if more:
+                return Prefill(more, SLOW)
+        return Prefill(tokens, reason)
+
+    def _aim(self) -> float:
+        """The time a step may take: further below the target, the more gaps were late lately."""
+        used = self._late_gaps.used
+        margin = NOISE_MARGIN * (used if used < 1.0 else 1.0) * self.step_time.noise
+        return self._target / (1 + margin)
+
+    def _saving(
+        self, snapshot: EngineSnapshot, tokens: int, kv_tokens: int, aim: float, ttft_aim: float
+    ) -> int:
+        """Prompt tokens of a slow step, where it saves a first token and is paid for; else 0."""
+        decodes, slow = snapshot.decode_seqs, SLOW_STEP * aim
+        if self._queue.backlog_tokens <= tokens:
+            return 0
+        if not (self._late_gaps.allows(decodes) or self._pace.affords(slow)):
+            return 0
+        more = self.step_time.largest_prefill(decodes, kv_tokens, slow)
+        saves = more > tokens and self._queue.can_be_saved(
+            snapshot.clock_seconds,
+            ttft_aim,
+            tokens_per_second=tokens / aim,
+            at_most=more / slow,
+        )
+        return more if saves else 0
+
+    def _start_slowly(self, step: StepRecord) -> None:
+        if step.seconds > self._target:
+            self._slow_start = max(self._chunk, self._slow_start // 2)
+        elif 2 * step.prefill_tokens >= self._slow_start:
+            self._slow_start *= 2
+
+    def _deserves_trust(self, snapshot: EngineSnapshot) -> bool:
+        """Holds the model's stated error at its working point, and its innovations, to a bound."""
+        model = self.step_time
+        bound = DOUBTED_ERROR if self.is_trusted else TRUSTED_ERROR
+        if not model.has_weights or model.noise > TOO_NOISY or abs(model.bias) > bound:
+            return False
+        decodes = snapshot.decode_seqs
+        kv_tokens = snapshot.used_blocks * snapshot.engine.block_size
+        most = snapshot.engine.startup_limits.max_num_batched_tokens
+        prefill = model.largest_prefill(decodes, kv_tokens, self._aim())
+        prefill = min(max(prefill, self._chunk), most)
+        return (
+            model.relative_error(decodes, prefill, kv_tokens) <= bound
+            and model.relative_error(decodes, 0, kv_tokens) <= bound
+        )
+
+    def _largest_batch(self, snapshot: EngineSnapshot) -> int:
+        """The largest b whose decode step, with the least chunk, is within the time."""
+        context = snapshot.used_blocks * snapshot.engine.block_size / snapshot.running
+        lengths = self._lengths.latest
+        if lengths is not None:
+            self._pace.set_life(lengths.mean)
+            grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
+            context = max(context, lengths.prompt_mean + grown)
+        aim = self._aim()
+        fits, too_many = 1, snapshot.engine.startup_limits.max_num_seqs + 1
+        while too_many - fits > 1:
+            tried = (fits + too_many) // 2
+            if self.step_time.predict(tried, self._chunk, int(tried * context)) <= aim:
+                fits = tried
+            else:
+                too_many = tried
+        return fits

@@ -1,0 +1,71 @@
+"""Who waits for a first token: followed from counts alone, in order of arrival."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot, StepRecord
+from batchpilot.agents.prefill_queue import PrefillQueue
+
+FACTS = EngineFacts(BatchLimits(64, 2048), total_blocks=500, block_size=16)
+
+
+def snapshot(clock, waiting, prefill_seqs=0):
+    return EngineSnapshot(FACTS, clock, prefill_seqs, waiting, prefill_seqs=prefill_seqs)
+
+
+def step(prefill_tokens=0, arrived=()):
+    return StepRecord(0.02, 4, 4, prefill_tokens, arrived=arrived)
+
+
+def queue(*prompts, clock=0.0):
+    waiting = PrefillQueue()
+    waiting.observe(step(arrived=prompts))
+    waiting.update(snapshot(clock, len(prompts)))
+    return waiting
+
+
+def test_prompt_tokens_computed_are_the_oldest_requests():
+    waiting = queue(1000, 300)
+    waiting.observe(step(prefill_tokens=1100))
+    assert waiting.backlog_tokens == 200
+    waiting.update(snapshot(0.1, 0, prefill_seqs=1))  # the first has had its token
+    assert waiting.backlog_tokens == 200
+    waiting.update(snapshot(0.2, 0))
+    assert waiting.backlog_tokens == 0
+
+
+def test_a_prefix_cache_hit_is_forgotten_once_the_prompt_is_done():
+    waiting = queue(1000, 300)
+    waiting.observe(step(prefill_tokens=100))  # 900 were in the cache
+    waiting.update(snapshot(0.1, 1))
+    assert waiting.backlog_tokens == 300
+
+
+def saved(waiting, now, slow, fast):
+    return waiting.can_be_saved(now, 1.0, tokens_per_second=slow, at_most=fast)
+
+
+def test_a_request_is_saved_where_only_the_faster_pace_is_in_time():
+    waiting = queue(1000, 1000)
+    assert saved(waiting, 0.5, slow=3000, fast=5000)  # the second: 0.67 s or 0.4 s of 0.5 s left
+    assert not saved(waiting, 0.5, slow=5000, fast=9000)  # in time as it is
+    assert not saved(waiting, 0.9, slow=3000, fast=5000)  # both are lost
+    assert not saved(waiting, 1.1, slow=1e9, fast=2e9)
+
+
+def test_waiting_counts_from_when_a_request_was_first_seen():
+    waiting = queue(1000, clock=5.0)
+    assert not saved(waiting, 5.1, slow=2000, fast=4000)
+    assert saved(waiting, 5.6, slow=2000, fast=4000)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3000), st.integers(0, 6)), max_size=40))
+def test_the_backlog_is_never_negative_and_is_gone_when_nobody_waits(events):
+    waiting = PrefillQueue()
+    for clock, (arrivals, computed, count) in enumerate(events):
+        waiting.observe(step(computed, arrived=(500,) * arrivals))
+        waiting.update(snapshot(float(clock), count))
+        assert 0 <= waiting.backlog_tokens <= 500 * count
+    waiting.update(snapshot(99.0, 0))
+    assert waiting.backlog_tokens == 0
