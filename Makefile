@@ -75,7 +75,7 @@ bench-service: setup  ## 1,000 engines at 4 reports/s against one service, then 
 	$(BIN)/python -m batchpilot.service.load --json results/service.json
 	$(BIN)/python -m batchpilot.service.load --knee --seconds 15 --json results/service-knee.json
 
-chaos: setup  ## nineteen faults between a live vLLM and its service: nothing lost, at what speed
+chaos: setup  ## twenty faults between a live vLLM and its service: nothing lost, at what speed
 	$(BIN)/python tests/chaos.py
 
 fuzz: setup  ## 100,000 mutated messages each way, then five minutes of atheris on the answers

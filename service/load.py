@@ -171,7 +171,7 @@ class Fleet:
         self._target = target
         self._load = load
         self._opening = asyncio.Semaphore(OPENING_AT_ONCE)
-        self._opened = 0
+        self._arrived = 0
         self._all_open = asyncio.Event()
         self._begins_at = math.inf
         self._ends_at = math.inf
@@ -212,14 +212,18 @@ class Fleet:
                     call = tune()
                     await call.write(hello(number))
                     await call.read()
-                self._opened += 1
-                if self._opened == self._load.engines:
-                    self._all_open.set()
+                self._arrive()
                 await self._report(call, number)
                 call.cancel()
             except grpc.aio.AioRpcError as error:
                 code = error.code().name
                 self.tally.errors[code] = self.tally.errors.get(code, 0) + 1
+                self._arrive()  # once more, if it had: what matters is that none is waited for
+
+    def _arrive(self) -> None:
+        self._arrived += 1
+        if self._arrived >= self._load.engines:
+            self._all_open.set()
 
     async def _report(self, call: Any, number: int) -> None:
         """Reports at even times, each engine's own, to the end of the measurement."""

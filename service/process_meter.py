@@ -88,8 +88,9 @@ class ServiceProcess:
 
     def log(self) -> str:
         """What it printed."""
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")
+        # Read at a position of its own: the process writes at the one that a seek would move.
+        descriptor = self._log.fileno()
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
     def cpu_seconds(self) -> float:
         """Processor time it has taken, all threads."""

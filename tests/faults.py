@@ -8,6 +8,7 @@ while and heals it. What counts is what the engine's users saw: requests lost, t
 from __future__ import annotations
 
 import random
+import resource
 import signal
 import threading
 import time
@@ -28,6 +29,8 @@ from batchpilot.scheduler_hook.remote_link import EngineIdentity, RemoteLink, re
 from batchpilot.scheduler_hook.settings import HookSettings
 from batchpilot.service.process_meter import ServiceProcess
 
+#: The experience log is written so often.
+FLUSH_SECONDS = 2.5
 #: What -1 becomes on the wire.
 MINUS = 2**32 - 1
 
@@ -118,6 +121,12 @@ class World:
         """A double that answers as it should not."""
         return Double(answer=answer, welcome=wire.Welcome(report_interval_ms=50))
 
+    def why(self) -> str:
+        """All that may tell why something did not happen."""
+        stats = None if self.link is None else self.link.client.stats
+        files = sorted(path.name for path in self.folder.rglob("*"))
+        return f"{stats} {files} {'' if self.service is None else self.service.log()}"
+
     def close(self) -> None:
         if self.link is not None:
             self.link.client.close()
@@ -159,6 +168,14 @@ def with_service(*arguments: str) -> Callable[[World], dict[str, Any]]:
         return {}
 
     return prepare
+
+
+def with_experience(world: World) -> dict[str, Any]:
+    """A real service that keeps an experience log."""
+    config = world.folder / "service.yaml"
+    config.write_text(f"storage: {{experience: {world.folder / 'experience'}}}\n")
+    world.serve("--config", str(config))
+    return {}
 
 
 def with_double(world: World) -> dict[str, Any]:
@@ -220,6 +237,20 @@ def clock_steps(world: World) -> None:
             time.sleep(world.scale.hold_seconds / 2)
     finally:
         time.time = real
+
+
+def disk_full(world: World) -> None:
+    """No file of the service's may grow for a while; then its log must be written again."""
+    process, folder = world.service.process.pid, world.folder / "experience"
+    _, most = resource.prlimit(process, resource.RLIMIT_FSIZE)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (0, most))
+    time.sleep(max(world.scale.hold_seconds, FLUSH_SECONDS))
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (most, most))
+    before = {(path.name, path.stat().st_size) for path in folder.glob("*.parquet")}
+    deadline = time.monotonic() + 8 * FLUSH_SECONDS
+    while {(path.name, path.stat().st_size) for path in folder.glob("*.parquet")} <= before:
+        assert time.monotonic() < deadline, world.why()
+        time.sleep(0.05)
 
 
 def answers(answer: Callable[[wire.Report], Any]) -> Callable[[World], None]:
@@ -374,6 +405,7 @@ FAULTS = (
     Fault("wrong certificate", with_certificates, certificate("wrong"), signs("UNAVAILABLE")),
     Fault("expired certificate", with_certificates, certificate("expired"), signs("UNAVAILABLE")),
     Fault("wrong token", with_certificates, wrong_token, signs("UNAUTHENTICATED")),
+    Fault("disk full under the experience log", with_experience, disk_full, signs("")),
     Fault("the clock steps", with_double, clock_steps, signs("")),
     Fault("two services in conflict", with_double, conflicting, signs("UNAVAILABLE")),
     Fault("service without a policy", with_service(), without_policy, signs("SILENT no_limits")),
