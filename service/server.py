@@ -21,6 +21,7 @@ from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
 from batchpilot.service.access import read_access
 from batchpilot.service.addresses import Address
+from batchpilot.service.canaries import Canaries
 from batchpilot.service.exposure import check_exposure
 from batchpilot.service.gate import Gate
 from batchpilot.service.groups import Groups
@@ -51,7 +52,7 @@ SERVICE_NAMES = tuple(s.full_name for s in pb.DESCRIPTOR.services_by_name.values
 GRACE_SECONDS = 1.0
 #: Calls at once beside sessions and watchers: those that are answered and gone, or not yet known.
 OTHER_CALLS = 1000
-SWEEP_SECONDS = 5.0
+TIDY_SECONDS = 1.0
 
 
 class Service:
@@ -95,6 +96,7 @@ class Service:
         )
         self._health = health.aio.HealthServicer()
         self._page = MetricsPage(settings.metrics, self.meters, self.sessions)
+        self._canaries = Canaries(self._promotions, settings.canary, self.meters)
         self._recorder = _recorder(settings.storage)
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -122,7 +124,7 @@ class Service:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._tasks = [
             asyncio.create_task(self.reloader.run()),
-            asyncio.create_task(self._sweep()),
+            asyncio.create_task(self._tidy()),
         ]
         logger.info("serving on %s, %s", self.address, self._how_safe())
         return self.address
@@ -152,7 +154,7 @@ class Service:
         self._tuner = TunerServicer(
             self._gate,
             self.sessions,
-            Steering(self.groups, source, self.meters, self._recorder),
+            Steering(self.groups, source, self.meters, self._canaries, self._recorder),
             self.meters,
             self._settings.limits.max_watchers,
         )
@@ -205,10 +207,11 @@ class Service:
                 why = RefusalError(grpc.StatusCode.UNAUTHENTICATED, "access_changed", text)
                 self.sessions.end(session, why)
 
-    async def _sweep(self) -> None:
+    async def _tidy(self) -> None:
         while True:
-            await asyncio.sleep(SWEEP_SECONDS)
+            await asyncio.sleep(TIDY_SECONDS)
             self.sessions.sweep()
+            self._canaries.judge()
 
 
 def channel_options(limits: LimitSettings) -> list[tuple[str, Any]]:

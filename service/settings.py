@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from batchpilot.agents.canary import CanaryParameters
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 
 LARGEST_LEASE_MS = 60_000
@@ -116,6 +117,18 @@ class StorageSettings(Parameters):
 
 
 @dataclass(frozen=True)
+class CanarySettings(CanaryParameters):
+    """Section `canary`: when a policy that is tried on a share goes back, or on to all.
+
+    `share` is that of each promotion, and no setting.
+    """
+
+    judged: bool = parameter(
+        True, help="end trials by their verdict; false leaves that to an admin"
+    )
+
+
+@dataclass(frozen=True)
 class GroupSettings(Parameters):
     """Section `default`, and each entry of `groups`: how engines of one group are steered."""
 
@@ -163,6 +176,7 @@ class ServiceSettings:
     access: AccessSettings = field(default_factory=AccessSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
+    canary: CanarySettings = field(default_factory=CanarySettings)
     default: GroupSettings = field(default_factory=GroupSettings)
     groups: Mapping[str, GroupSettings] = field(default_factory=dict)
 
@@ -174,6 +188,7 @@ _SECTIONS: dict[str, type[Parameters]] = {
     "access": AccessSettings,
     "metrics": MetricsSettings,
     "storage": StorageSettings,
+    "canary": CanarySettings,
 }
 
 
@@ -214,6 +229,8 @@ def parse_settings(content: Mapping[str, Any], *, where: str) -> ServiceSettings
     for name in content:
         if name not in allowed:
             raise ConfigError(f"{where}: unknown section {name!r}; allowed: {', '.join(allowed)}")
+    if "share" in (content.get("canary") or {}):
+        raise ConfigError(f"{where}: canary: share is given with each promotion, not here")
     sections: dict[str, Any] = {
         name: kind.from_mapping(
             mapping(content.get(name) or {}, where=f"{where}: {name}"), where=f"{where}: {name}"
