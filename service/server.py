@@ -32,7 +32,7 @@ from batchpilot.service.policy_source import PolicySource
 from batchpilot.service.promotions import Promotions
 from batchpilot.service.rates import ClientRates
 from batchpilot.service.recorder import Recorder
-from batchpilot.service.refusals import RefusalError
+from batchpilot.service.refusals import STOPPING, RefusalError
 from batchpilot.service.reload import Reloader, WatchedFile
 from batchpilot.service.sessions import SessionTable
 from batchpilot.service.settings import (
@@ -139,7 +139,7 @@ class Service:
         logger.info("stopping: health is NOT_SERVING, streams end in %g s", drain)
         await asyncio.sleep(drain)
         self._tuner.shut(
-            RefusalError(grpc.StatusCode.UNAVAILABLE, "stopping", "the service is shutting down")
+            RefusalError(grpc.StatusCode.UNAVAILABLE, STOPPING, "the service is shutting down")
         )
         await server.stop(GRACE_SECONDS)
         for task in self._tasks:
