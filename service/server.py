@@ -252,7 +252,7 @@ def _recorder(settings: StorageSettings) -> Recorder | None:
 
     kept = ExperienceSettings(settings.experience, max_bytes=settings.experience_max_bytes)
     try:
-        return Recorder(ExperienceLog(kept))
+        return Recorder(ExperienceLog(kept), settings.experience_share)
     except OSError as error:
         raise ConfigError(f"experience={settings.experience}: {error.strerror}") from None
 

@@ -111,6 +111,9 @@ class StorageSettings(Parameters):
         None, help="file that keeps promotions over restarts and shares them between replicas"
     )
     experience: str | None = parameter(None, help="folder of the experience log; none: no log")
+    experience_share: float = parameter(
+        1.0, above=0, maximum=1, help="share of the engines that are in it; each row costs CPU"
+    )
     experience_max_bytes: int = parameter(
         2**30, minimum=2**16, help="size of that log after which its oldest files go"
     )

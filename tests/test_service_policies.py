@@ -338,6 +338,25 @@ def test_every_answered_report_goes_to_the_experience_log(tmp_path):
     assert (first["local_max_num_seqs"], second["local_max_num_seqs"]) == (None, 33)
 
 
+def test_of_a_fleet_a_share_can_be_recorded_with_all_its_reports(tmp_path):
+    folder = tmp_path / "experience"
+
+    async def test():
+        storage = {"experience": str(folder), "experience_share": 0.5}
+        async with serving(groups=CHAT, storage=storage) as service, channel_to(service) as channel:
+            for number in range(20):
+                engine = Engine(channel)
+                await engine.begin(hello(engine=f"node-{number}"))
+                await engine.ask(1)
+                await engine.ask(2)
+
+    run(test)
+    rows = pq.read_table(folder).to_pylist()
+    engines = {row["engine"] for row in rows}
+    assert 4 <= len(engines) <= 16
+    assert len(rows) == 2 * len(engines)
+
+
 def test_the_state_file_is_readable_by_people(tmp_path):
     path = tmp_path / "state.json"
     write_promotions(path, {"chat": Promotion("static", "memory")})
