@@ -6,11 +6,11 @@ the file has the last word, and the promotion is forgotten.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from batchpilot.agents.canary import is_canary as is_on_trial
 from batchpilot.service.settings import GroupSettings
 from batchpilot.service.wire import EngineKey
 
@@ -128,11 +128,15 @@ class Groups:
 
 
 def is_canary(key: EngineKey, promotion: Promotion) -> bool:
-    """Whether an engine is among those that try the canary policy.
+    """Whether an engine is among those that try the canary policy; all ranks of a server are.
 
     The same engines are, at every replica and after every reconnection, and a greater share keeps
-    those of a smaller one. All ranks of a server are or are not.
+    those of a smaller one.
     """
-    text = f"{promotion.canary_policy}\0{key.group}\0{key.engine}"
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-    return place < promotion.canary_share
+    salt = trial_salt(key.group, promotion)
+    return is_on_trial(key.engine, share=promotion.canary_share, salt=salt)
+
+
+def trial_salt(group: str, promotion: Promotion) -> str:
+    """Names a trial, so that other engines go first in another."""
+    return f"{promotion.canary_policy}\0{group}"

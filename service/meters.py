@@ -47,6 +47,7 @@ class Meters:
         policy_failures: Policies taken out of use for an engine, by group.
         errors: Calls that ended with an error, by method and status code.
         refusals: What was refused, by reason.
+        verdicts: Trials that ended by themselves, by group and verdict.
         reloads: Files read again, by `ok` or `failed`.
         started_at: Seconds since 1970.
     """
@@ -59,6 +60,7 @@ class Meters:
         self.policy_failures: Counter[str] = Counter()
         self.errors: Counter[tuple[str, str]] = Counter()
         self.refusals: Counter[str] = Counter()
+        self.verdicts: Counter[tuple[str, str]] = Counter()
         self.reloads: Counter[str] = Counter()
         self.started_at = time.time()
         self._groups: set[str] = set()

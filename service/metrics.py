@@ -150,6 +150,12 @@ def _totals(meters: Meters) -> Iterator[Any]:
     )
     yield _counter("errors", "calls that ended with an error", ("method", "code"), meters.errors)
     yield _counter("refusals", "calls refused, by reason", ("reason",), meters.refusals)
+    yield _counter(
+        "canary_verdicts",
+        "trials that ended by themselves: promote or roll_back",
+        ("group", "verdict"),
+        meters.verdicts,
+    )
     yield _counter("reloads", "files read again", ("result",), meters.reloads)
     yield _histogram("decision_seconds", "from a report that was read to its lease", meters.latency)
 

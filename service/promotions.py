@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
@@ -54,6 +55,10 @@ class Promotions:
                 grpc.StatusCode.NOT_FOUND, "group", f"no group {group[:40]!r}; there are: {listing}"
             )
         return group
+
+    def in_force(self) -> Mapping[str, Promotion]:
+        """What promotions have made of the groups."""
+        return self._groups.promotions
 
     def policy(self, group: str) -> str:
         """A group's policy; that of the default settings for a group nobody knows."""

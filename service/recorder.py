@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from batchpilot.agents.canary import is_canary as is_chosen
 from batchpilot.agents.experience import ExperienceRow
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.decider import ShieldedDecision
@@ -16,15 +17,25 @@ if TYPE_CHECKING:
 
 
 class Recorder:
-    """Writes reports and their answers to the log; never waits."""
+    """Writes reports and their answers to the log; never waits.
 
-    def __init__(self, log: ExperienceLog) -> None:
-        """Appends to `log`."""
+    Args:
+        log: Where to.
+        share: Of the engines that are recorded: always the same ones, with all their reports.
+    """
+
+    def __init__(self, log: ExperienceLog, share: float = 1.0) -> None:
+        """Records nothing yet."""
         self.log = log
+        self._share = share
 
     def record(self, session: Session, report: pb.Report, decided: ShieldedDecision) -> None:
-        """Appends a row."""
+        """Appends a row, if the engine is one of those recorded."""
         hello, key = session.hello, session.key
+        if session.recorded is None:
+            session.recorded = is_chosen(key.engine, share=self._share, salt=key.group)
+        if not session.recorded:
+            return
         has_local = report.HasField("local_limits")
         self.log.append(
             ExperienceRow(

@@ -18,6 +18,9 @@ from batchpilot.service.validation import ReportError
 
 logger = logging.getLogger("batchpilot.service")
 
+#: The reason of streams that end because the service does.
+STOPPING = "stopping"
+
 
 class RefusalError(Exception):
     """A call, or what it asked for, that is refused.
@@ -63,6 +66,7 @@ async def answering(method: str, context: Any, meters: Meters) -> AsyncIterator[
         with refusals():
             yield
     except RefusalError as refusal:
-        if meters.refused(method, refusal.code.name, refusal.reason):
+        telling = meters.refused(method, refusal.code.name, refusal.reason)
+        if telling and refusal.reason != STOPPING:  # every stream's end is no news then
             logger.warning("%s from %s: %s: %s", method, context.peer(), refusal.code.name, refusal)
         await context.abort(refusal.code, str(refusal))

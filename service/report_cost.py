@@ -102,7 +102,7 @@ def messages(detail: int, count: int) -> list[bytes]:
 def measure(policy: str, source: PolicySource, engines: int) -> tuple[int, float]:
     """Size of a report in bytes, and CPU seconds to answer one."""
     groups = Groups(GroupSettings(policy=policy, itl_slo_ms=50.0), {})
-    steering = Steering(groups, source, Meters(), None)
+    steering = Steering(groups, source, Meters())
     table = SessionTable(max_sessions=engines, reports_per_second=4.0, report_burst=1)
     caller = Caller("cost", Role.ADMIN)
     sessions = [table.open(hello(number).hello, caller, None) for number in range(engines)]

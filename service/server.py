@@ -21,6 +21,7 @@ from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
 from batchpilot.service.access import read_access
 from batchpilot.service.addresses import Address
+from batchpilot.service.canaries import Canaries
 from batchpilot.service.exposure import check_exposure
 from batchpilot.service.gate import Gate
 from batchpilot.service.groups import Groups
@@ -31,7 +32,7 @@ from batchpilot.service.policy_source import PolicySource
 from batchpilot.service.promotions import Promotions
 from batchpilot.service.rates import ClientRates
 from batchpilot.service.recorder import Recorder
-from batchpilot.service.refusals import RefusalError
+from batchpilot.service.refusals import STOPPING, RefusalError
 from batchpilot.service.reload import Reloader, WatchedFile
 from batchpilot.service.sessions import SessionTable
 from batchpilot.service.settings import (
@@ -51,7 +52,7 @@ SERVICE_NAMES = tuple(s.full_name for s in pb.DESCRIPTOR.services_by_name.values
 GRACE_SECONDS = 1.0
 #: Calls at once beside sessions and watchers: those that are answered and gone, or not yet known.
 OTHER_CALLS = 1000
-SWEEP_SECONDS = 5.0
+TIDY_SECONDS = 1.0
 
 
 class Service:
@@ -95,6 +96,7 @@ class Service:
         )
         self._health = health.aio.HealthServicer()
         self._page = MetricsPage(settings.metrics, self.meters, self.sessions)
+        self._canaries = Canaries(self._promotions, settings.canary, self.meters)
         self._recorder = _recorder(settings.storage)
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -122,7 +124,7 @@ class Service:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._tasks = [
             asyncio.create_task(self.reloader.run()),
-            asyncio.create_task(self._sweep()),
+            asyncio.create_task(self._tidy()),
         ]
         logger.info("serving on %s, %s", self.address, self._how_safe())
         return self.address
@@ -137,7 +139,7 @@ class Service:
         logger.info("stopping: health is NOT_SERVING, streams end in %g s", drain)
         await asyncio.sleep(drain)
         self._tuner.shut(
-            RefusalError(grpc.StatusCode.UNAVAILABLE, "stopping", "the service is shutting down")
+            RefusalError(grpc.StatusCode.UNAVAILABLE, STOPPING, "the service is shutting down")
         )
         await server.stop(GRACE_SECONDS)
         for task in self._tasks:
@@ -152,7 +154,7 @@ class Service:
         self._tuner = TunerServicer(
             self._gate,
             self.sessions,
-            Steering(self.groups, source, self.meters, self._recorder),
+            Steering(self.groups, source, self.meters, self._canaries, self._recorder),
             self.meters,
             self._settings.limits.max_watchers,
         )
@@ -205,10 +207,11 @@ class Service:
                 why = RefusalError(grpc.StatusCode.UNAUTHENTICATED, "access_changed", text)
                 self.sessions.end(session, why)
 
-    async def _sweep(self) -> None:
+    async def _tidy(self) -> None:
         while True:
-            await asyncio.sleep(SWEEP_SECONDS)
+            await asyncio.sleep(TIDY_SECONDS)
             self.sessions.sweep()
+            self._canaries.judge()
 
 
 def channel_options(limits: LimitSettings) -> list[tuple[str, Any]]:
@@ -249,7 +252,7 @@ def _recorder(settings: StorageSettings) -> Recorder | None:
 
     kept = ExperienceSettings(settings.experience, max_bytes=settings.experience_max_bytes)
     try:
-        return Recorder(ExperienceLog(kept))
+        return Recorder(ExperienceLog(kept), settings.experience_share)
     except OSError as error:
         raise ConfigError(f"experience={settings.experience}: {error.strerror}") from None
 

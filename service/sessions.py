@@ -53,6 +53,7 @@ class Session:
         lease: The newest one sent.
         clamp: Why its limits differ from what the policy wanted.
         desired: What the policy wanted, before the shield.
+        recorded: Whether its reports go to the experience log; None before the first.
         version: Counts its changes, for watchers.
         end: Why the service has ended it.
     """
@@ -76,6 +77,7 @@ class Session:
     lease: pb.LimitsLease | None = None
     clamp: Clamp = Clamp.NONE
     desired: BatchLimits | None = None
+    recorded: bool | None = None
     version: int = 0
     end: RefusalError | None = None
 

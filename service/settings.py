@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from batchpilot.agents.canary import CanaryParameters
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 
 LARGEST_LEASE_MS = 60_000
@@ -110,8 +111,23 @@ class StorageSettings(Parameters):
         None, help="file that keeps promotions over restarts and shares them between replicas"
     )
     experience: str | None = parameter(None, help="folder of the experience log; none: no log")
+    experience_share: float = parameter(
+        1.0, above=0, maximum=1, help="share of the engines that are in it; each row costs CPU"
+    )
     experience_max_bytes: int = parameter(
         2**30, minimum=2**16, help="size of that log after which its oldest files go"
+    )
+
+
+@dataclass(frozen=True)
+class CanarySettings(CanaryParameters):
+    """Section `canary`: when a policy that is tried on a share goes back, or on to all.
+
+    `share` is that of each promotion, and no setting.
+    """
+
+    judged: bool = parameter(
+        True, help="end trials by their verdict; false leaves that to an admin"
     )
 
 
@@ -163,6 +179,7 @@ class ServiceSettings:
     access: AccessSettings = field(default_factory=AccessSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
+    canary: CanarySettings = field(default_factory=CanarySettings)
     default: GroupSettings = field(default_factory=GroupSettings)
     groups: Mapping[str, GroupSettings] = field(default_factory=dict)
 
@@ -174,6 +191,7 @@ _SECTIONS: dict[str, type[Parameters]] = {
     "access": AccessSettings,
     "metrics": MetricsSettings,
     "storage": StorageSettings,
+    "canary": CanarySettings,
 }
 
 
@@ -214,6 +232,8 @@ def parse_settings(content: Mapping[str, Any], *, where: str) -> ServiceSettings
     for name in content:
         if name not in allowed:
             raise ConfigError(f"{where}: unknown section {name!r}; allowed: {', '.join(allowed)}")
+    if "share" in (content.get("canary") or {}):
+        raise ConfigError(f"{where}: canary: share is given with each promotion, not here")
     sections: dict[str, Any] = {
         name: kind.from_mapping(
             mapping(content.get(name) or {}, where=f"{where}: {name}"), where=f"{where}: {name}"

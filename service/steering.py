@@ -12,6 +12,7 @@ import time
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.shield import SafetyBounds
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.service.canaries import Canaries
 from batchpilot.service.decider import Decider
 from batchpilot.service.groups import Groups, PolicyChoice
 from batchpilot.service.meters import Meters
@@ -26,9 +27,15 @@ class Steering:
     """Decides for every session, by the policy of its group."""
 
     def __init__(
-        self, groups: Groups, source: PolicySource, meters: Meters, recorder: Recorder | None
+        self,
+        groups: Groups,
+        source: PolicySource,
+        meters: Meters,
+        canaries: Canaries | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Asks `groups` which policy, and `source` for the policy itself."""
+        self._canaries = canaries
         self._recorder = recorder
         self._groups = groups
         self._source = source
@@ -91,6 +98,8 @@ class Steering:
         session.desired = decision.limits
         session.clamp = clamp
         self._meters.decided(session.key.group, clamp, time.perf_counter() - started)
+        if self._canaries is not None:
+            self._canaries.observe(session, report)
         if self._recorder is not None:
             self._recorder.record(session, report, decided)
         return lease
@@ -103,6 +112,8 @@ class Steering:
         session.decider = session.lease = session.desired = None
         session.problem = problem
         self._meters.policy_failed(session.key.group)
+        if self._canaries is not None:
+            self._canaries.failed(session)
         logger.error("%s goes on with its local policy: %s", session.key, problem)
 
 

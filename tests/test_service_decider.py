@@ -118,6 +118,7 @@ def test_what_a_policy_wants_is_shielded_by_the_narrower_bounds():
     assert decided.clamp is Clamp.UPPER_BOUND
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.builds(
@@ -267,7 +268,7 @@ U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_whatever_passes_the_checks_can_be_decided_on(data):
     """Fields drawn at random: refused with a named error, or answered inside the bounds."""

@@ -13,7 +13,16 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Engine, channel_to, hello, report, run, service_processes, serving
+from serving import (
+    PATIENCE_SECONDS,
+    Engine,
+    channel_to,
+    hello,
+    report,
+    run,
+    service_processes,
+    serving,
+)
 
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
@@ -271,12 +280,12 @@ def test_engines_of_a_replica_that_is_killed_go_on_at_another(service_process):
         stub = tuner_pb2_grpc.TunerServiceStub(channel)
         key = hello().id
         asked = pb.GetLimitsRequest(id=key, hello=hello(), report=report(1))
-        before = stub.GetLimits(asked, wait_for_ready=True, timeout=10)
+        before = stub.GetLimits(asked, wait_for_ready=True, timeout=PATIENCE_SECONDS)
         assert before.lease.limits.max_num_seqs == 60
         first.kill()
         first.wait()
         asked.report.sequence = 2  # the other has never heard of this engine
-        after = stub.GetLimits(asked, wait_for_ready=True, timeout=2)  # within a lease
+        after = stub.GetLimits(asked, wait_for_ready=True, timeout=PATIENCE_SECONDS)
         assert after.lease.limits.max_num_seqs == 70
 
 

@@ -171,6 +171,73 @@ def test_a_canary_decides_for_its_engines_only_until_it_is_promoted_or_ended():
     assert tried.promoted("static") == Promotion("static", "static")
 
 
+JUDGED = {"min_windows": 5, "windows": 20}
+
+
+async def trial(service, channel, late_on_canary):
+    """A canary for half of 12 engines: reports until it has ended by itself; its verdict."""
+    await stub_of(channel).PromotePolicy(promotion("static:max_num_seqs=100", 0.5))
+    service._canaries.judge()
+    engines = [Engine(channel) for _ in range(12)]
+    for number, engine in enumerate(engines):
+        await engine.begin(hello(engine=f"node-{number}:1"))
+    for sequence in range(1, 30):
+        for engine, session in zip(engines, service.sessions, strict=True):
+            late = 250 if late_on_canary and session.choice.canary else 5 + sequence % 3
+            await engine.ask(sequence, window={"slow_decode_tokens": late})
+        service._canaries.judge()
+        if service.meters.verdicts:
+            return next(iter(service.meters.verdicts))
+    raise AssertionError("the trial has not ended")
+
+
+@pytest.mark.parametrize(
+    ("late", "verdict", "policy"),
+    [
+        (True, "roll_back", "static"),
+        (False, "promote", "static:max_num_seqs=100"),
+    ],
+)
+def test_a_canary_goes_back_when_its_engines_fare_worse_and_on_when_they_do_not(
+    late, verdict, policy
+):
+    async def test():
+        async with serving(groups=CHAT, canary=JUDGED) as service, channel_to(service) as channel:
+            assert await trial(service, channel, late) == ("chat", verdict)
+            now = service.groups.promotion("chat")
+            assert (now.policy, now.canary_policy) == (policy, "")
+            assert service._canaries.trials == {}
+
+    run(test)
+
+
+def test_windows_that_an_engine_spent_on_its_local_policy_are_not_counted():
+    async def test():
+        async with serving(groups=CHAT, canary=JUDGED) as service, channel_to(service) as channel:
+            await stub_of(channel).PromotePolicy(promotion("memory", 0.5))
+            service._canaries.judge()
+            engine = Engine(channel)
+            await engine.begin()
+            await engine.ask(1, source="fallback")
+            await engine.ask(2)
+            compared = service._canaries.trials["chat"].canary
+            assert compared.canary.windows + compared.control.windows == 1
+
+    run(test)
+
+
+def test_trials_are_left_alone_where_the_settings_say_so():
+    async def test():
+        judged = {"judged": False}
+        async with serving(groups=CHAT, canary=judged) as service, channel_to(service) as channel:
+            await stub_of(channel).PromotePolicy(promotion("memory", 0.5))
+            service._canaries.judge()
+            assert service._canaries.trials == {}
+            assert service.groups.promotion("chat").canary_policy == "memory"
+
+    run(test)
+
+
 @pytest.fixture
 def registry(tmp_path):
     """A registry with two versions of a policy: 1 follows memory+sla, 2 wants a little more."""
@@ -269,6 +336,25 @@ def test_every_answered_report_goes_to_the_experience_log(tmp_path):
     assert (first["proposed_max_num_seqs"], first["limit_max_num_seqs"]) == (8, 50)
     assert (first["clamp"], first["policy"]) == ("below_running", "static:max_num_seqs=8")
     assert (first["local_max_num_seqs"], second["local_max_num_seqs"]) == (None, 33)
+
+
+def test_of_a_fleet_a_share_can_be_recorded_with_all_its_reports(tmp_path):
+    folder = tmp_path / "experience"
+
+    async def test():
+        storage = {"experience": str(folder), "experience_share": 0.5}
+        async with serving(groups=CHAT, storage=storage) as service, channel_to(service) as channel:
+            for number in range(20):
+                engine = Engine(channel)
+                await engine.begin(hello(engine=f"node-{number}"))
+                await engine.ask(1)
+                await engine.ask(2)
+
+    run(test)
+    rows = pq.read_table(folder).to_pylist()
+    engines = {row["engine"] for row in rows}
+    assert 4 <= len(engines) <= 16
+    assert len(rows) == 2 * len(engines)
 
 
 def test_the_state_file_is_readable_by_people(tmp_path):

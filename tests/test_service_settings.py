@@ -53,6 +53,8 @@ def test_a_group_has_the_keys_of_default_unless_it_sets_its_own(tmp_path):
         ("limits: {max_sessions: 0}", "max_sessions=0 must be at least 1"),
         ("groups: {chat: {lease_ms: 300}}", "groups: chat: lease_ms=300 must be at least twice"),
         ("groups: {chat: {max_num_seqs: 2, min_num_seqs: 3}}", "max_num_seqs=2 must be at least"),
+        ("canary: {share: 0.5}", "canary: share is given with each promotion, not here"),
+        ("canary: {confidence: 2}", "confidence=2.0 must be less than 1"),
         ("groups: [chat]", r"groups: \['chat'\] is not a mapping"),
         ("- 1", "is not a mapping"),
         ("server: {", "not YAML"),

@@ -1,0 +1,110 @@
+"""Trials of new policies: compared with the old one as reports come, and ended by themselves.
+
+A trial exists while its group has a canary. Only windows whose limits came from the service count:
+while an engine goes by its local policy it says nothing of either side.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from batchpilot.agents.canary import Canary, CanaryVerdict
+from batchpilot.agents.limits import Source
+from batchpilot.agents.parameters import ConfigError
+from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.service.groups import Promotion, trial_salt
+from batchpilot.service.meters import Meters
+from batchpilot.service.promotions import Promotions
+from batchpilot.service.refusals import RefusalError
+from batchpilot.service.sessions import Session
+from batchpilot.service.settings import CanarySettings
+from batchpilot.service.wire import telemetry_window
+
+logger = logging.getLogger("batchpilot.service")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One group's canary.
+
+    Attributes:
+        promotion: What the group was given when it began.
+        canary: Compares.
+    """
+
+    promotion: Promotion
+    canary: Canary
+
+
+class Canaries:
+    """The trials of one service.
+
+    Args:
+        promotions: Says which groups have a canary; ends it.
+        settings: How trials are judged.
+        meters: Counts the verdicts.
+    """
+
+    def __init__(self, promotions: Promotions, settings: CanarySettings, meters: Meters) -> None:
+        """Starts without a trial."""
+        self._promotions = promotions
+        self._settings = settings
+        self._meters = meters
+        self._trials: dict[str, Trial] = {}
+
+    @property
+    def trials(self) -> Mapping[str, Trial]:
+        """Those under way, by group."""
+        return self._trials
+
+    def observe(self, session: Session, report: pb.Report) -> None:
+        """Takes in a report of an engine whose group tries a policy; does nothing for others."""
+        trial = self._trials.get(session.key.group)
+        if trial is None or session.choice is None or report.source != Source.REMOTE:
+            return
+        engine = session.key.engine
+        if session.choice.canary == trial.canary.is_canary(engine):
+            trial.canary.observe(engine, telemetry_window(report.window))
+
+    def failed(self, session: Session) -> None:
+        """A policy has failed for an engine."""
+        trial = self._trials.get(session.key.group)
+        if trial is not None:
+            trial.canary.failed(session.key.engine)
+
+    def judge(self) -> None:
+        """Begins and ends trials as the groups have changed, and acts on what each has shown."""
+        if not self._settings.judged:
+            return
+        self._follow(self._promotions.in_force())
+        for group, trial in list(self._trials.items()):
+            verdict = trial.canary.verdict()
+            if verdict is not CanaryVerdict.WAIT:
+                self._act(group, trial, verdict)
+
+    def _follow(self, promotions: Mapping[str, Promotion]) -> None:
+        tried = {group: p for group, p in promotions.items() if p.canary_policy}
+        for group in set(self._trials) - set(tried):
+            del self._trials[group]
+        for group, promotion in tried.items():
+            trial = self._trials.get(group)
+            if trial is None or trial.promotion != promotion:
+                params = replace(self._settings, share=promotion.canary_share)
+                canary = Canary(params, trial_salt(group, promotion))
+                self._trials[group] = Trial(promotion, canary)
+
+    def _act(self, group: str, trial: Trial, verdict: CanaryVerdict) -> None:
+        policy, reason = trial.promotion.canary_policy, trial.canary.reason
+        try:
+            if verdict is CanaryVerdict.PROMOTE:
+                self._promotions.promote(group, policy, 1.0)
+            else:
+                self._promotions.roll_back(group)
+        except (RefusalError, ConfigError) as error:
+            logger.error("group %s: the canary %s goes on: %s", group, policy, error)
+            return
+        del self._trials[group]
+        self._meters.verdicts[group, verdict.value] += 1
+        logger.warning("group %s: %s of canary %s: %s", group, verdict.value, policy, reason)
