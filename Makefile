@@ -65,6 +65,10 @@ bench-env: setup  ## engine and environment steps per second, in one and two pro
 bench-overhead: setup  ## what batchpilot's code adds to each vLLM step, by policy
 	$(BIN)/python -m batchpilot.env.bench.overhead
 
+bench-inference: setup  ## what a trained policy takes to decide, on an example as large as SB3 makes them
+	rm -rf results/example && $(BIN)/python -m batchpilot.service.make_example_policy results/example
+	$(BIN)/python -m batchpilot.env.bench.inference results/example
+
 bench-virtual: setup  ## the README's figures on a virtual RTX 4090 whose KV cache is scarce
 	$(BIN)/batchpilot bench --engine virtual --profile llama-3.1-8b-rtx4090 --workload sharegpt --num-requests 1000 \
 	  --arrivals saturated --rounds 3 --policies static,watermark:0.05,watermark:0.1,memory,memory-clt,memory-peak \
