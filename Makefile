@@ -62,12 +62,28 @@ test-slow: setup  ## the exhaustive tests
 bench-env: setup  ## engine and environment steps per second, in one and two processes
 	$(BIN)/python -m batchpilot.env.bench_env
 
+bench-step-time: setup  ## one-step-ahead error of each form of the step time (DATA=folder adds measured steps)
+	$(BIN)/python -m batchpilot.env.step_time_table $(if $(DATA),--data $(DATA))
+
 bench-overhead: setup  ## what batchpilot's code adds to each vLLM step, by policy
 	$(BIN)/python -m batchpilot.env.bench.overhead
 
 bench-inference: setup  ## what a trained policy takes to decide, on an example as large as SB3 makes them
 	rm -rf results/example && $(BIN)/python -m batchpilot.service.make_example_policy results/example
 	$(BIN)/python -m batchpilot.env.bench.inference results/example
+
+bench-overhead-remote: setup  ## the same in mode remote: service alive, dead and flapping
+	$(BIN)/python -m batchpilot.env.bench.overhead_remote
+
+bench-service: setup  ## 1,000 engines at 4 reports/s against one service, then how many it takes
+	$(BIN)/python -m batchpilot.service.load --json results/service.json
+	$(BIN)/python -m batchpilot.service.load --knee --seconds 15 --json results/service-knee.json
+
+chaos: setup  ## nineteen faults between a live vLLM and its service: nothing lost, at what speed
+	$(BIN)/python tests/chaos.py
+
+fuzz: setup  ## 100,000 mutated messages each way, then five minutes of atheris on the answers
+	$(BIN)/python tests/fuzzing.py --messages 100000 --guided 300
 
 bench-virtual: setup  ## the README's figures on a virtual RTX 4090 whose KV cache is scarce
 	$(BIN)/batchpilot bench --engine virtual --profile llama-3.1-8b-rtx4090 --workload sharegpt --num-requests 1000 \
@@ -97,8 +113,8 @@ bench-training: setup  ## environment steps per second of training, in one and t
 # Trains beyond a small GPU's capacity, compares on seeds it has not seen, and serves what came of it.
 train-demo: setup  ## trains an agent, compares it, serves it to a live vLLM: about 15 minutes
 	rm -rf results/train-demo
-	$(BIN)/batchpilot train --config demo --timesteps 12288 --eval-every 4096 --checkpoint-every 4096 \
-	  --name demo --out results/train-demo
+	$(BIN)/batchpilot train --config demo --timesteps 8192 --eval-every 2048 --checkpoint-every 2048 \
+	  --test-episodes 16 --name demo --out results/train-demo
 	$(BIN)/batchpilot bench $(SCARCE_MEMORY) --kv-blocks 64 --workload chat:output_max=400 --num-requests 16 --rounds 1 \
 	  --policies static,memory+sla,predictive,learned:results/train-demo/policy \
 	  --json results/train-demo/live.json --html results/train-demo/live.html

@@ -198,6 +198,8 @@ class BatchLimitsEnv(SteeredEngineEnv[VirtualEnvParameters]):
         applied_limits       dict of both limits, of the interval's newest engine step
         shielded             whether the shield changed the newest proposal
         shielded_share       share of the interval's engine steps in which it did, 0 to 1
+        episode_shielded_share
+                             the same of the whole episode so far
         binding              what kept the next request out: kv_cache, max_num_seqs,
                              token_budget or none
         reward_goodput, reward_slo_penalty, reward_preemption_penalty, reward_shield_penalty,
@@ -272,6 +274,7 @@ def _info(
         "applied_limits": _limits(window.limits),
         "shielded": report.shielded,
         "shielded_share": report.shielded_share,
+        "episode_shielded_share": report.episode_shielded_share,
         "binding": report.binding.value,
         "reward_goodput": terms.goodput,
         "reward_slo_penalty": terms.slo_penalty,

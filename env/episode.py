@@ -70,6 +70,7 @@ class Interval:
         service: How its requests were served.
         shielded: Whether the shield changed the newest proposal.
         shielded_share: Share of its engine steps in which the shield did.
+        episode_shielded_share: The same of the whole episode so far.
         binding: What kept the next request out of its newest engine step.
         clock_seconds: Since the start of the episode.
     """
@@ -79,6 +80,7 @@ class Interval:
     service: IntervalService
     shielded: bool
     shielded_share: float
+    episode_shielded_share: float
     binding: Binding
     clock_seconds: float
 
@@ -111,6 +113,7 @@ class Episode:
         self._builder = WindowBuilder(params.itl_slo_seconds)
         self._started_at = self._window_from = self._engine.clock_seconds
         self._shielded_steps = 0
+        self._episode_steps = self._episode_shielded_steps = 0
         self._binding = Binding.NONE
 
     @property
@@ -187,12 +190,15 @@ class Episode:
         now = self._engine.clock_seconds
         proposed = self._policy.proposed or self._engine.facts.startup_limits
         steps = self._builder.steps
+        self._episode_steps += steps
+        self._episode_shielded_steps += self._shielded_steps
         return Interval(
             proposed=proposed,
             window=self.close_window(),
             service=self.ledger.close_interval(now),
             shielded=steps > 0 and self._engine.applied_limits != proposed,
-            shielded_share=self._shielded_steps / steps if steps else 0.0,
+            shielded_share=self._shielded_steps / max(1, steps),
+            episode_shielded_share=self._episode_shielded_steps / max(1, self._episode_steps),
             binding=self._binding,
             clock_seconds=now - self._started_at,
         )

@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_behind_and_goes_on(
     assert train("--resume", out, "--timesteps", 64, *ends) == 0
     assert load_artefact(out / "policy").label == "tiny@64"
     steps = [line.split(",")[0] for line in (out / "evaluations.csv").read_text().splitlines()]
-    assert steps == ["step", "32", "48", "64"]
+    assert steps == ["step", "0", "32", "48", "64"]
     assert len((out / "command.txt").read_text().splitlines()) == 2
 
 

@@ -85,7 +85,7 @@ def test_an_evaluation_changes_nothing(tmp_path: Path):
     watched = replace(config, run=replace(config.run, eval_every=16, checkpoint_every=16))
     plain, _ = run_in(tmp_path / "plain", config)
     seen, _ = run_in(tmp_path / "watched", watched)
-    assert len(seen.read_rows("evaluations.csv")) == 3
+    assert [row["step"] for row in seen.read_rows("evaluations.csv")] == [0, 16, 32, 48]
     first, second = (run.path / "last" / "model.zip" for run in (plain, seen))
     assert flat(read_tensors(first)) == flat(read_tensors(second))
 
@@ -197,3 +197,16 @@ def test_chance_comes_back():
     with undisturbed():
         draws()
     assert draws() == first
+
+
+def test_the_second_ctrl_c_interrupts_at_once(monkeypatch: pytest.MonkeyPatch):
+    from batchpilot.agents.training import interrupts
+
+    with interrupts.stop_on_interrupt() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same one, sent to the group as well
+        assert request.is_set
+        monkeypatch.setattr(interrupts, "ONE_SIGNAL_SECONDS", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -33,29 +33,24 @@ class ServingMetrics(BaseCallback):
         super().__init__()
         self._folder = folder
         self._progress = progress
-        self._shielded: dict[int, list[float]] = {}
 
     def _on_step(self) -> bool:
         rows = []
         for index, info in enumerate(self.locals["infos"]):
             for name in _SERVING:
                 self.logger.record_mean(f"serving/{name}", float(info[name]))
-            shares = self._shielded.setdefault(index, [])
-            shares.append(info["shielded_share"])
             if "episode" in info:
                 self.logger.record_mean("serving/slo_attainment", info["slo_attainment"])
-                rows.append(self._row(index, info, sum(shares) / len(shares)))
-                shares.clear()
+                rows.append(self._row(index, info))
         if rows:
             self._folder.add_rows("episodes.csv", EPISODES, rows)
         self._progress(self.num_timesteps)
         return True
 
-    def _row(self, index: int, info: dict[str, Any], shielded: float) -> tuple[Any, ...]:
+    def _row(self, index: int, info: dict[str, Any]) -> tuple[Any, ...]:
         episode = info["episode"]
-        attainment = round(info["slo_attainment"], 5)
-        step = self.num_timesteps
-        return step, index, episode["r"], episode["l"], attainment, round(shielded, 5)
+        shares = (round(info[n], 5) for n in ("slo_attainment", "episode_shielded_share"))
+        return self.num_timesteps, index, episode["r"], episode["l"], *shares
 
 
 @dataclass(frozen=True)
@@ -64,15 +59,15 @@ class Rhythm:
 
     Attributes:
         every: Steps.
-        off: Never.
+        is_on: False: never.
     """
 
     every: int
-    off: bool = False
+    is_on: bool = True
 
     def is_due(self, before: int, now: int) -> bool:
         """Whether a multiple lies in (before, now]."""
-        return not self.off and before // self.every < now // self.every
+        return self.is_on and before // self.every < now // self.every
 
 
 class BetweenRollouts(BaseCallback):
@@ -119,7 +114,9 @@ class BetweenRollouts(BaseCallback):
             resume_chance(self._chance)
             self._chance = None
         now = self.model.num_timesteps
-        if self._evaluations.is_due(self._before, now):
+        # The untrained agent is a candidate too: a residual one is its base policy.
+        is_start = now == 0 and self._evaluations.is_on
+        if is_start or self._evaluations.is_due(self._before, now):
             self.evaluate_now()
         if self._checkpoints.is_due(self._before, now) or self._stop.is_set:
             self.save_now()

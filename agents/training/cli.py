@@ -51,7 +51,7 @@ bundled files for --config: {", ".join(family_names())}
 
 examples:
   batchpilot train --timesteps 200000 --out results/run
-  batchpilot train --config demo --timesteps 12000 --out results/demo-agent
+  batchpilot train --config demo --timesteps 8192 --out results/demo-agent
   batchpilot train --resume results/run --timesteps 400000
   batchpilot train --algo qrdqn --n-envs 4 --workers 2 --timesteps 100000 --out results/grid
   batchpilot train --config demo --tune --tune-trials 8 --timesteps 4000 --out results/tuned

@@ -24,7 +24,7 @@ class EpisodeResult(NamedTuple):
         inside: Requests inside their targets.
         missed: Requests outside.
         seconds: Engine time.
-        shielded_share: Share of intervals' engine steps that the shield changed, on average.
+        shielded_share: Share of engine steps in which the shield changed the proposal.
         preemptions: Sequences preempted.
         tokens_per_s: Output tokens per second, on average.
     """
@@ -157,7 +157,7 @@ def _summary(seed: int, infos: Sequence[dict[str, Any]]) -> EpisodeResult:
         inside=total("inside"),
         missed=total("missed"),
         seconds=infos[-1]["clock_s"],
-        shielded_share=total("shielded_share") / len(infos),
+        shielded_share=infos[-1]["episode_shielded_share"],
         preemptions=total("preemptions"),
         tokens_per_s=total("throughput_tokens_per_s") / len(infos),
     )

@@ -1,11 +1,19 @@
-"""Ctrl-C that saves: the first asks the training to stop at its next checkpoint."""
+"""Ctrl-C that saves: the first asks the training to stop at its next checkpoint.
+
+What ends a group of processes may send the same signal twice, to the process and to its group, so
+that only one that comes a moment later counts as the second.
+"""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+#: Seconds within which signals are one.
+ONE_SIGNAL_SECONDS = 1.0
 
 
 class StopRequest:
@@ -13,7 +21,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         """Nobody has."""
-        self.is_set = False
+        self.asked_at: float | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether somebody has."""
+        return self.asked_at is not None
 
 
 @contextmanager
@@ -23,9 +36,10 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         del frame
-        if request.is_set:
+        now = time.monotonic()
+        if request.asked_at is not None and now - request.asked_at > ONE_SIGNAL_SECONDS:
             raise KeyboardInterrupt(f"signal {number}, again")
-        request.is_set = True
+        request.asked_at = request.asked_at or now
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

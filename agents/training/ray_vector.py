@@ -150,7 +150,7 @@ class RayVecEnv(VecEnv):
             action = np.asarray(self._actions[index]).tolist()
             self._states[index] = began or _with_action(self._states[index], action)
         seen, rewards, overs, infos, _ = zip(*results, strict=True)
-        return np.stack(seen), np.array(rewards, np.float32), np.array(overs), list(infos)
+        return np.stack(seen), np.array(rewards), np.array(overs), list(infos)
 
     def close(self) -> None:
         """Ends the actors; the cluster stays for other vectors."""

@@ -75,7 +75,7 @@ def train(
         between = BetweenRollouts(
             folder,
             lambda: evaluate_agent(model, held_out, config.run.eval_episodes),
-            evaluations=Rhythm(config.run.eval_every, off=config.recipe.kind == "live"),
+            evaluations=Rhythm(config.run.eval_every, is_on=config.recipe.kind != "live"),
             checkpoints=Rhythm(config.run.checkpoint_every),
             stop=stop,
             chance=chance,

@@ -30,7 +30,7 @@ from batchpilot.agents.training.export import env_parameters
 from batchpilot.agents.training.progress import Progress
 from batchpilot.agents.training.run_config import RunConfig
 
-EPOCHS = 200
+GRADIENT_STEPS = 2_000
 BATCH = 256
 LEARNING_RATE = 1e-3
 Floats = npt.NDArray[np.float32]
@@ -108,14 +108,12 @@ def fit_mean_action(model: BaseAlgorithm, shown: Demonstrations, *, seed: int) -
     networks = _mean_networks(model)
     optimizer = torch.optim.Adam(networks.parameters(), lr=LEARNING_RATE)
     order = np.random.default_rng(seed)
-    for _ in range(EPOCHS):
-        indices = order.permutation(len(wanted))
-        for start in range(0, len(indices), BATCH):
-            chosen = torch.from_numpy(indices[start : start + BATCH])
-            loss = ((networks(seen[chosen]) - wanted[chosen]) ** 2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    for _ in range(GRADIENT_STEPS):
+        chosen = torch.from_numpy(order.integers(len(wanted), size=BATCH))
+        loss = ((networks(seen[chosen]) - wanted[chosen]) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     with torch.no_grad():
         return float(((networks(seen) - wanted) ** 2).mean())
 
