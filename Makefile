@@ -68,6 +68,10 @@ bench-step-time: setup  ## one-step-ahead error of each form of the step time (D
 bench-overhead: setup  ## what batchpilot's code adds to each vLLM step, by policy
 	$(BIN)/python -m batchpilot.env.bench.overhead
 
+bench-inference: setup  ## what a trained policy takes to decide, on an example as large as SB3 makes them
+	rm -rf results/example && $(BIN)/python -m batchpilot.service.make_example_policy results/example
+	$(BIN)/python -m batchpilot.env.bench.inference results/example
+
 bench-overhead-remote: setup  ## the same in mode remote: service alive, dead and flapping
 	$(BIN)/python -m batchpilot.env.bench.overhead_remote
 

@@ -28,8 +28,18 @@ DESIGN = ActionDesign(
 #: What of an observation the gain of an arm may depend on.
 CONTEXT = ("running", "waiting", "kv_cache_usage", "prefill_share", "mean_itl")
 _CONTEXT_AT = tuple(FEATURE_NAMES.index(name) for name in CONTEXT)
+#: Where each arm is: logarithms of its factors, over the largest of all.
+POSITIONS = tuple(
+    (
+        math.log(seqs) / max(abs(math.log(factor)) for factor in DESIGN.seqs_factors),
+        math.log(tokens) / max(abs(math.log(factor)) for factor in DESIGN.tokens_factors),
+    )
+    for seqs, tokens in map(DESIGN.grid.factors, range(DESIGN.grid.size))
+)
 #: Share of a window's steps in which a limit must bind, or a token be late, for it to teach.
 TEACHES_FROM = 0.1
+#: How firmly weights are believed to be 0 before anything is known, in rewards seen.
+PRIOR = 0.05
 #: The scale of rewards: what was served at best, forgotten by so much a window.
 BEST_KEPT = 0.999
 EXPLORES, HOLDS = "tries a margin around the base policy", "no limit binds: the base policy"
@@ -42,7 +52,7 @@ class BanditParameters(LatencyTargets):
     base: str = parameter("predictive", choices=BASES, help="the policy that is stretched")
     interval_seconds: float = parameter(2.0, above=0, help="engine time an arm holds")
     exploration: float = parameter(
-        0.1, above=0, help="standard deviation of a reward that nothing is known about"
+        0.1, above=0, help="s: how much rewards scatter; more tries more"
     )
     memory: float = parameter(
         0.995, above=0, maximum=1, help="share of what was learned that a window leaves"
@@ -55,8 +65,8 @@ class ThompsonSampler:
     """Bayesian linear regression of rewards, and arms drawn from what it leaves open.
 
     Formula (Agrawal and Goyal, "Thompson Sampling for Contextual Bandits with Linear Payoffs",
-    2013, with forgetting): A <- g A + (1 - g) I + x x', b <- g b + r x; draw w from
-    N(A^-1 b, s^2 A^-1) and take the arm whose x'w is greatest.
+    2013, with forgetting): from A = p I on, A <- g A + (1 - g) p I + x x', b <- g b + r x; draw w
+    from N(A^-1 b, s^2 A^-1) and take the arm whose x'w is greatest. p is `PRIOR`.
 
     Args:
         size: Numbers in x.
@@ -67,7 +77,8 @@ class ThompsonSampler:
 
     def __init__(self, size: int, *, exploration: float, memory: float, seed: int) -> None:
         """Starts knowing nothing."""
-        self._precision = np.eye(size)
+        self._prior = PRIOR * np.eye(size)
+        self._precision = self._prior.copy()
         self._weighted = np.zeros(size)
         self._exploration = exploration
         self._memory = memory
@@ -81,8 +92,8 @@ class ThompsonSampler:
     def learn(self, features: Floats, reward: float) -> None:
         """Takes in a reward and what it was for."""
         keep = self._memory
-        self._precision = keep * self._precision + (1.0 - keep) * np.eye(len(features))
-        self._precision += np.outer(features, features)
+        kept = keep * self._precision + (1.0 - keep) * self._prior
+        self._precision = kept + np.outer(features, features)
         self._weighted = keep * self._weighted + reward * features
 
     def choose(self, arms: Floats) -> int:
@@ -100,8 +111,8 @@ class BanditPolicy:
     """A contextual bandit over a small grid of margins around a base policy.
 
     Formula: every interval an arm, a pair of factors (f, g), multiplies the base policy's two
-    limits. With u = ln f, v = ln g and context c (`CONTEXT`, of the window before), the reward of
-    the interval is taken to be linear in
+    limits. With u and v the logarithms of f and g, each over the largest of the grid, and context c
+    (`CONTEXT`, of the window before), the reward of the interval is taken to be linear in
 
         x = (1, c, u, v, u^2, v^2, u c, v c)
 
@@ -135,10 +146,6 @@ class BanditPolicy:
             memory=params.memory,
             seed=params.seed,
         )
-        self._factors = [
-            (math.log(seqs), math.log(tokens))
-            for seqs, tokens in map(DESIGN.grid.factors, range(DESIGN.grid.size))
-        ]
         self._builder = WindowBuilder(params.itl_slo_seconds)
         self._window_from: float | None = None
         self._waiting_before = 0
@@ -183,7 +190,7 @@ class BanditPolicy:
             self._acting.act(DESIGN.neutral, HOLDS)
             return
         context = observation(window, snapshot.engine, self._params)[list(_CONTEXT_AT)]
-        arms = np.array([arm_features(u, v, context) for u, v in self._factors])
+        arms = np.array([arm_features(u, v, context) for u, v in POSITIONS])
         chosen = self._sampler.choose(arms)
         self._chosen = arms[chosen]
         self._acting.act(chosen, EXPLORES)
@@ -233,8 +240,8 @@ def arm_features(u: float, v: float, context: npt.ArrayLike) -> Floats:
     """The x of `BanditPolicy`.
 
     Args:
-        u: Logarithm of the sequence factor.
-        v: Logarithm of the token factor.
+        u: Where the sequence factor is, -1 to 1; 0 is a factor of 1.
+        v: The same of the token factor.
         context: Shape (contexts,).
     """
     seen = np.asarray(context, dtype=np.float64)

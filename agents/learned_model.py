@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,9 +18,15 @@ from batchpilot.agents.manifest import ArtefactError
 from batchpilot.agents.parameters import ConfigError
 
 Floats32 = npt.NDArray[np.float32]
+logger = logging.getLogger("vllm.batchpilot")
+
 #: Seeds the observations of `check_outputs`.
 _PROBE_SEED = 20250305
 _PROBES = 32
+#: All networks of a process together get no more memory than this.
+MOST_MEMORY_BYTES = 64 * 2**20
+#: The trial of a network on the fixed observations must be over after so long.
+MOST_TRIAL_SECONDS = 5.0
 
 
 class ModelError(RuntimeError):
@@ -43,14 +54,14 @@ class PolicyModel(Protocol):
 
 
 class OnnxModel:
-    """A policy's network on onnxruntime: one thread, no arena that grows, no file but the bytes.
+    """A policy's network on onnxruntime: one thread, bounded memory, no file but the bytes.
 
     Args:
         artefact: Checked already.
 
     Raises:
-        ArtefactError: onnxruntime refuses the network, or its outputs are not finite on a fixed set
-            of observations.
+        ArtefactError: onnxruntime refuses the network, it needs too much memory or time, or its
+            outputs are not finite on a fixed set of observations.
         ConfigError: onnxruntime is not installed.
     """
 
@@ -63,7 +74,9 @@ class OnnxModel:
         self._state = np.zeros((1, artefact.manifest.state_size), dtype=np.float32)
         self._names = ["action", "next_state"] if self._state.size else ["action"]
         self._prepare()
-        check_outputs(self, artefact)
+        with _deadline(MOST_TRIAL_SECONDS) as self._run_options:
+            check_outputs(self, artefact)
+        self._run_options = None
 
     def run(self, observation: Floats32) -> Floats32:
         """One decision; see `PolicyModel`.
@@ -75,7 +88,7 @@ class OnnxModel:
         if self._state.size:
             feed["state"] = self._state
         try:
-            outputs = self._session.run(self._names, feed)
+            outputs = self._session.run(self._names, feed, self._run_options)
         except Exception as error:  # onnxruntime's own exceptions share no base
             self.clear()
             raise ModelError(f"onnxruntime: {error}") from error
@@ -152,8 +165,9 @@ def _open_session(artefact: Artefact) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
+    _bound_memory()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     # A thread that spins between decisions would take a core from the engine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
@@ -162,3 +176,38 @@ def _open_session(artefact: Artefact) -> Any:
         )
     except Exception as error:  # onnxruntime's own exceptions share no base
         raise ArtefactError(f"policy {artefact.label}: onnxruntime refuses it: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _bound_memory() -> None:
+    """Gives all sessions of this process one arena that cannot grow beyond `MOST_MEMORY_BYTES`.
+
+    A network of a few bytes can ask for gigabytes, by spreading two vectors to a matrix. It fails
+    instead, and is refused when it is tried.
+    """
+    import onnxruntime
+
+    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    memory = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+    exactly_as_requested = 1
+    bounds = {"max_mem": MOST_MEMORY_BYTES, "arena_extend_strategy": exactly_as_requested}
+    try:
+        onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(bounds))
+    except Exception as error:  # onnxruntime's own exceptions share no base
+        # Somebody else in this process has registered one, which then serves for all.
+        logger.warning("the memory of trained policies is not bounded here: %s", error)
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[Any]:
+    """Options for runs that end with an error once the time is up, at their next operator."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    timer = threading.Timer(seconds, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield options
+    finally:
+        timer.cancel()

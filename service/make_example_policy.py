@@ -25,13 +25,14 @@ from batchpilot.agents.features import FEATURE_NAMES, LatencyTargets
 from batchpilot.agents.manifest import Manifest
 from batchpilot.agents.parameters import ConfigError
 
-HIDDEN = 16
+#: As wide and as deep as Stable-Baselines3 makes its networks.
+HIDDEN = 64
 #: ONNX's oldest operator set and file format that have all that is used here.
 OPSET, IR_VERSION = 17, 8
 
 
 def constant_network(output: tuple[float, ...], inputs: int = len(FEATURE_NAMES)) -> bytes:
-    """An ONNX network of two layers that says the same whatever it sees.
+    """An ONNX network with two hidden layers that says the same whatever it sees.
 
     Args:
         output: What it says.
@@ -43,13 +44,17 @@ def constant_network(output: tuple[float, ...], inputs: int = len(FEATURE_NAMES)
     weights = {
         "first": rng.normal(0, 0.1, (inputs, HIDDEN)),
         "first_bias": np.zeros(HIDDEN),
-        "second": np.zeros((HIDDEN, len(output))),
-        "second_bias": np.array(output),
+        "second": rng.normal(0, 0.1, (HIDDEN, HIDDEN)),
+        "second_bias": np.zeros(HIDDEN),
+        "last": np.zeros((HIDDEN, len(output))),
+        "last_bias": np.array(output),
     }
     nodes = [
-        helper.make_node("Gemm", ["observation", "first", "first_bias"], ["sums"]),
-        helper.make_node("Tanh", ["sums"], ["hidden"]),
-        helper.make_node("Gemm", ["hidden", "second", "second_bias"], ["action"]),
+        helper.make_node("Gemm", ["observation", "first", "first_bias"], ["first_sums"]),
+        helper.make_node("Tanh", ["first_sums"], ["first_hidden"]),
+        helper.make_node("Gemm", ["first_hidden", "second", "second_bias"], ["second_sums"]),
+        helper.make_node("Tanh", ["second_sums"], ["second_hidden"]),
+        helper.make_node("Gemm", ["second_hidden", "last", "last_bias"], ["action"]),
     ]
     graph = helper.make_graph(
         nodes,

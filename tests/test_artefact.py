@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, load_from_string, numpy_helper
 from policies import FEATURES, constant, linear, manifest, network, policy, write
 
+from batchpilot.agents import learned_model
 from batchpilot.agents.actions import ActionDesign
 from batchpilot.agents.artefact import (
     LARGEST_MANIFEST_BYTES,
@@ -396,6 +397,37 @@ def test_damaged_networks_never_do_more_than_be_refused(data):
 def test_bytes_at_random_are_refused(onnx):
     with pytest.raises(OnnxError):
         read_onnx(onnx)
+
+
+def test_a_small_file_that_asks_for_gigabytes_is_refused_at_once(tmp_path):
+    nodes = [
+        helper.make_node("Add", ["column", "row"], ["square"]),
+        helper.make_node("ReduceMax", ["square"], ["most"], keepdims=0),
+        helper.make_node("MatMul", ["observation", "w"], ["sums"]),
+        helper.make_node("Add", ["sums", "most"], ["action"]),
+    ]
+    weights = {"column": np.zeros((30_000, 1)), "row": np.zeros((1, 30_000)), "w": ZEROS}
+    plant(tmp_path / "p", network(nodes, weights))  # 3.6 GB
+    assert "Available memory of" in refusal(tmp_path / "p")
+    OnnxModel(policy())  # and a sound one goes on working
+
+
+def test_a_network_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(learned_model, "MOST_TRIAL_SECONDS", 0.05)
+    size = 700
+    products = [helper.make_node("MatMul", [f"m{at}", "m0"], [f"m{at + 1}"]) for at in range(400)]
+    nodes = [
+        *products,
+        helper.make_node("ReduceMax", ["m400"], ["most"], keepdims=0),
+        helper.make_node("MatMul", ["observation", "w"], ["sums"]),
+        helper.make_node("Add", ["sums", "most"], ["action"]),
+    ]
+    # Depends on the observation, so that nothing is worked out when it is loaded.
+    first = helper.make_node("ReduceMax", ["observation"], ["seen"], keepdims=0)
+    start = helper.make_node("Mul", ["matrix", "seen"], ["m0"])
+    weights = {"matrix": np.zeros((size, size)), "w": ZEROS}
+    plant(tmp_path / "p", network([first, start, *nodes], weights))
+    assert "terminate flag" in refusal(tmp_path / "p")
 
 
 def test_normalisation_comes_before_the_network():
