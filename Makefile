@@ -62,8 +62,24 @@ test-slow: setup  ## the exhaustive tests
 bench-env: setup  ## engine and environment steps per second, in one and two processes
 	$(BIN)/python -m batchpilot.env.bench_env
 
+bench-step-time: setup  ## one-step-ahead error of each form of the step time (DATA=folder adds measured steps)
+	$(BIN)/python -m batchpilot.env.step_time_table $(if $(DATA),--data $(DATA))
+
 bench-overhead: setup  ## what batchpilot's code adds to each vLLM step, by policy
 	$(BIN)/python -m batchpilot.env.bench.overhead
+
+bench-overhead-remote: setup  ## the same in mode remote: service alive, dead and flapping
+	$(BIN)/python -m batchpilot.env.bench.overhead_remote
+
+bench-service: setup  ## 1,000 engines at 4 reports/s against one service, then how many it takes
+	$(BIN)/python -m batchpilot.service.load --json results/service.json
+	$(BIN)/python -m batchpilot.service.load --knee --seconds 15 --json results/service-knee.json
+
+chaos: setup  ## nineteen faults between a live vLLM and its service: nothing lost, at what speed
+	$(BIN)/python tests/chaos.py
+
+fuzz: setup  ## 100,000 mutated messages each way, then five minutes of atheris on the answers
+	$(BIN)/python tests/fuzzing.py --messages 100000 --guided 300
 
 bench-virtual: setup  ## the README's figures on a virtual RTX 4090 whose KV cache is scarce
 	$(BIN)/batchpilot bench --engine virtual --profile llama-3.1-8b-rtx4090 --workload sharegpt --num-requests 1000 \

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchpilot.agents.artefact import Artefact
+from batchpilot.agents.bandit import BanditParameters, BanditPolicy
 from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
 from batchpilot.agents.concurrency import (
     AimdParameters,
@@ -107,7 +108,23 @@ def _learned_fingerprint(params: LearnedParameters) -> str:
     return find_learned(params).fingerprint
 
 
+def build_bandit(params: BanditParameters) -> BanditPolicy:
+    """Builds the base policy, and the bandit around it.
+
+    Raises:
+        ConfigError: The base policy needs a target that is not set.
+    """
+    targets = {"itl_slo_ms": params.itl_slo_ms, "ttft_slo_ms": params.ttft_slo_ms}
+    return BanditPolicy(params, PolicySpec(params.base).build(targets))
+
+
+def _bandit_needs_steps(params: BanditParameters) -> bool:
+    """What its base policy needs; its own reward is made of sums."""
+    return PolicySpec(params.base).needs_steps({"itl_slo_ms": params.itl_slo_ms})
+
+
 build_learned.__doc__ = LearnedPolicy.__doc__
+build_bandit.__doc__ = BanditPolicy.__doc__
 
 POLICIES: dict[str, PolicyKind] = {
     "static": PolicyKind(StaticParameters, StaticPolicy),
@@ -126,6 +143,7 @@ POLICIES: dict[str, PolicyKind] = {
     "aimd": PolicyKind(AimdParameters, AimdPolicy),
     "gradient2": PolicyKind(Gradient2Parameters, Gradient2Policy),
     "predictive": PolicyKind(PredictiveParameters, PredictivePolicy, needs_steps=_always),
+    "bandit": PolicyKind(BanditParameters, build_bandit, needs_steps=_bandit_needs_steps),
     "learned": PolicyKind(
         # Its observation holds peaks, which mean steps would hide.
         LearnedParameters,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import NormalDist
 
 import numpy as np
@@ -134,7 +135,7 @@ class MemoryPeakPolicy:
         if lengths is None or lengths.relative_error > LARGEST_RELATIVE_ERROR or not running:
             self._must_look = self._guesses = True
             decision = self._by_blocks.decide(snapshot)
-            self._grant = decision.limits.max_num_seqs - snapshot.running
+            self._grant = max(0, decision.limits.max_num_seqs - snapshot.running)
             return decision
         self._guesses = False
         self._grant = self._admissible(snapshot, running, waiting, lengths)
@@ -149,10 +150,12 @@ class MemoryPeakPolicy:
         waiting: Sequence[SequenceState],
         lengths: LengthEstimate,
     ) -> int:
-        held, ages = _held_and_ages(running)
-        new_held, new_ages = _held_and_ages(waiting)
+        computed_now, ages, left = _columns(running)
+        new_computed, new_ages, new_left = _columns(waiting)
+        # What each holds once its prompt is in.
+        held, new_held = computed_now + left, new_computed + new_left
         tokens_in_blocks = snapshot.used_blocks * snapshot.engine.block_size
-        computed = sum(sequence.kv_tokens for sequence in running)
+        computed = float(computed_now.sum())
         scale = tokens_in_blocks / computed if computed and tokens_in_blocks else 1.0
         remaining = _spread_remaining(np.concatenate((ages, new_ages)), lengths)
         count = len(held)
@@ -167,10 +170,10 @@ class MemoryPeakPolicy:
         )
 
 
-def _held_and_ages(sequences: Sequence[SequenceState]) -> tuple[Floats, Floats]:
-    """Tokens each holds once its prompt is in, and its output tokens so far."""
-    table = np.array(sequences, dtype=np.float64).reshape(len(sequences), 3)
-    return table[:, 0] + table[:, 2], table[:, 1]
+def _columns(sequences: Sequence[SequenceState]) -> Floats:
+    """KV tokens, output tokens and prefill tokens left of each; shape (3, n)."""
+    numbers = np.fromiter(chain.from_iterable(sequences), np.float64, 3 * len(sequences))
+    return numbers.reshape(-1, 3).T
 
 
 def _spread_remaining(ages: Floats, lengths: LengthEstimate) -> Floats:

@@ -7,6 +7,7 @@ that its answer can be turned round: how many prompt tokens fit into a given tim
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,21 @@ class StepTimeEstimator:
     def noise(self) -> float:
         """Relative standard deviation of its innovations: the GPU's noise and the form's misfit."""
         return self._noise
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """w0, wd, wk, wm, we and the w_j of the form, in seconds per unit, without the speed."""
+        return tuple(self._weights)
+
+    def warm_start(self, steps: Iterable[StepRecord]) -> None:
+        """Learns from steps that were not measured here, such as a profile's.
+
+        They teach the weights and are then forgotten like any other step; the speed stays free to
+        say that this GPU is faster or slower.
+        """
+        for step in steps:
+            self.observe(step)
+        self._noise = FIRST_NOISE
 
     def predict(self, decode_seqs: int, prefill_tokens: int, kv_tokens: int) -> float:
         """Seconds a step will take; 0 before the first weights."""

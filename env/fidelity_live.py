@@ -26,6 +26,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -135,6 +136,11 @@ class Comparison:
     def steps(self, side: str) -> int:
         """Engine steps."""
         return sum(getattr(pair, side).steps for pair in self.pairs)
+
+    def median_step_ms(self, side: str) -> float:
+        """Median time of a step: unlike throughput, a machine's pauses hardly move it."""
+        runs = [getattr(pair, side).witness.records for pair in self.pairs]
+        return 1e3 * float(median(record.seconds for records in runs for record in records))
 
     @property
     def equal_steps(self) -> int:
@@ -273,13 +279,14 @@ def comparison_table(comparisons: Sequence[Comparison], title: str) -> Table:
             ("tokens/s", item.tokens_per_s, allowed.throughput, "{:,.1f}"),
             ("preemptions", item.preemptions, allowed.preemptions, "{:,d}"),
             ("engine steps", item.steps, allowed.steps, "{:,d}"),
+            ("median step, ms", item.median_step_ms, None, "{:,.1f}"),
         )
         for name, read, most, form in lines:
             live, virtual = read("live"), read("virtual")
             error = relative_error(virtual, live)
             table.add_row(
                 item.policy, name, form.format(live), form.format(virtual), f"{error:+.1%}",
-                f"{most:.0%}",
+                "" if most is None else f"{most:.0%}",
             )  # fmt: skip
         table.add_row(item.policy, "same steps", f"{item.steps('live'):,}", f"{item.equal_steps:,}")
         table.add_row(

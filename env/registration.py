@@ -11,6 +11,7 @@ import gymnasium
 VIRTUAL_ENV = "batchpilot/BatchLimits-v0"
 RANDOM_ENV = "batchpilot/RandomBatchLimits-v0"
 LIVE_ENV = "batchpilot/LiveBatchLimits-v0"
+SERVED_ENV = "batchpilot/ServedBatchLimits-v0"
 
 gymnasium.register(VIRTUAL_ENV, entry_point="batchpilot.env.batch_limits_env:BatchLimitsEnv")
 gymnasium.register(
@@ -19,5 +20,10 @@ gymnasium.register(
 gymnasium.register(
     LIVE_ENV,
     entry_point="batchpilot.env.live_batch_limits_env:LiveBatchLimitsEnv",
+    nondeterministic=True,
+)
+gymnasium.register(
+    SERVED_ENV,
+    entry_point="batchpilot.env.served_batch_limits_env:ServedBatchLimitsEnv",
     nondeterministic=True,
 )

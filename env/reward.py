@@ -142,16 +142,21 @@ class ServiceLedger:
 
     def stepped(self, step: EngineStep) -> None:
         """Takes in what a step brought."""
-        now = step.clock_seconds
+        # Once for each token: what the loop reads is at hand, and nothing is called.
+        now, itl, all_served, judged = step.clock_seconds, self._itl, self._served, self._judged
+        new_tokens = good_tokens = 0
         for request_id, count in step.new_tokens.items():
-            served = self._served[request_id]
+            served = all_served[request_id]
             if served.tokens == 0:
                 self._first_token(request_id, served, now)
-            served.tokens += count
-            good = served.on_time and self._in_pace(served, now)
-            self._tokens += count
-            self._good_tokens += count if good else 0
-            self._judged[request_id] = good
+            served.tokens = tokens = served.tokens + count
+            new_tokens += count
+            in_pace = itl is None or tokens < 2 or now - served.first <= itl * (tokens - 1)
+            judged[request_id] = good = served.on_time and in_pace
+            if good:
+                good_tokens += count
+        self._tokens += new_tokens
+        self._good_tokens += good_tokens
         for request_id in step.finished:
             self._finish(request_id)
 
@@ -186,11 +191,6 @@ class ServiceLedger:
             self._miss(served)
         del self._before_first[request_id]
 
-    def _in_pace(self, served: _Served, now: float) -> bool:
-        if self._itl is None or served.tokens < 2:
-            return True
-        return now - served.first <= self._itl * (served.tokens - 1)
-
     def _finish(self, request_id: str) -> None:
         served = self._served.pop(request_id)
         self._before_first.pop(request_id, None)
@@ -223,6 +223,12 @@ class ServiceLedger:
             else:
                 off_track += share
         return on_track, off_track
+
+    def _in_pace(self, served: _Served, now: float) -> bool:
+        """Whether its tokens so far came inside the inter-token target."""
+        if self._itl is None or served.tokens < 2:
+            return True
+        return now - served.first <= self._itl * (served.tokens - 1)
 
     def _is_lost(self, served: _Served, now: float) -> bool:
         """Whether even all its remaining tokens at once would come too late."""

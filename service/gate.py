@@ -48,14 +48,19 @@ class Gate:
         self._is_open = is_open
         self._certificate_names_engines = certificate_names_engines
 
-    def admit(self, context: Any, *roles: Role) -> Caller:
+    def admit(self, context: Any, *roles: Role, cost: float = 1.0) -> Caller:
         """The caller, if it may make a call that needs one of these roles.
+
+        Args:
+            context: The call's.
+            roles: Those it needs one of.
+            cost: What the call takes out of its client's bucket.
 
         Raises:
             RefusalError: RESOURCE_EXHAUSTED, UNAUTHENTICATED or PERMISSION_DENIED.
         """
         # By address first, so that guessing tokens is slow too.
-        if not self._rates.take(_host(context.peer())):
+        if not self._rates.take(_host(context.peer()), cost):
             raise _too_fast("this address")
         caller = self._identify(context)
         if caller.role not in roles:

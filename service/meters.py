@@ -10,10 +10,13 @@ from bisect import bisect_left
 from collections import Counter
 
 from batchpilot.agents.shield import Clamp
+from batchpilot.service.rates import TokenBucket
 
 #: Upper ends of the latency histogram's buckets, in seconds.
 LATENCY_BUCKETS = (25e-6, 50e-6, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 1.0)
 
+#: Refusals that are logged, averaged and at once; the rest are only counted.
+LOGGED_PER_SECOND, LOGGED_AT_ONCE = 1.0, 50.0
 #: Groups that are counted by name.
 MOST_GROUPS = 200
 
@@ -59,6 +62,7 @@ class Meters:
         self.reloads: Counter[str] = Counter()
         self.started_at = time.time()
         self._groups: set[str] = set()
+        self._log_bucket = TokenBucket(LOGGED_PER_SECOND, LOGGED_AT_ONCE, time.monotonic())
 
     def decided(self, group: str, clamp: Clamp, seconds: float) -> None:
         """Counts a lease."""
@@ -68,10 +72,14 @@ class Meters:
         if clamp is not Clamp.NONE:
             self.clamps[group, clamp.value] += 1
 
-    def refused(self, method: str, code: str, reason: str) -> None:
-        """Counts a call that ended with an error."""
+    def refused(self, method: str, code: str, reason: str) -> bool:
+        """Counts a call that ended with an error; returns whether it is worth a line in the log.
+
+        Nobody can fill the log by being refused.
+        """
         self.errors[method, code] += 1
         self.refusals[reason] += 1
+        return self._log_bucket.take(time.monotonic())
 
     def policy_failed(self, group: str) -> None:
         """Counts a policy taken out of use for one engine."""

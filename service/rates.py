@@ -54,8 +54,8 @@ class ClientRates:
         self._clock = clock
         self._buckets: OrderedDict[Hashable, TokenBucket] = OrderedDict()
 
-    def take(self, client: Hashable) -> bool:
-        """Whether the client may do it once more now."""
+    def take(self, client: Hashable, cost: float = 1.0) -> bool:
+        """Whether the client may do it once more now; an amount above its burst is the burst."""
         now = self._clock()
         bucket = self._buckets.get(client)
         if bucket is None:
@@ -64,4 +64,4 @@ class ClientRates:
                 self._buckets.popitem(last=False)
         else:
             self._buckets.move_to_end(client)
-        return bucket.take(now)
+        return bucket.take(now, min(cost, self._burst))

@@ -63,5 +63,6 @@ async def answering(method: str, context: Any, meters: Meters) -> AsyncIterator[
         with refusals():
             yield
     except RefusalError as refusal:
-        meters.refused(method, refusal.code.name, refusal.reason)
+        if meters.refused(method, refusal.code.name, refusal.reason):
+            logger.warning("%s from %s: %s: %s", method, context.peer(), refusal.code.name, refusal)
         await context.abort(refusal.code, str(refusal))

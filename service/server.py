@@ -49,6 +49,8 @@ logger = logging.getLogger("batchpilot.service")
 SERVICE_NAMES = tuple(s.full_name for s in pb.DESCRIPTOR.services_by_name.values())
 #: How long calls that remain may take to end by themselves at the very last.
 GRACE_SECONDS = 1.0
+#: Calls at once beside sessions and watchers: those that are answered and gone, or not yet known.
+OTHER_CALLS = 1000
 SWEEP_SECONDS = 5.0
 
 
@@ -105,7 +107,11 @@ class Service:
         Raises:
             ConfigError: An address cannot be used.
         """
-        server = grpc.aio.server(options=channel_options(self._settings.limits))
+        limits = self._settings.limits
+        server = grpc.aio.server(
+            options=channel_options(limits),
+            maximum_concurrent_rpcs=limits.max_sessions + limits.max_watchers + OTHER_CALLS,
+        )
         self._add_services(server)
         port = self._open_port(server)
         self._page.open()

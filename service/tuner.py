@@ -29,6 +29,10 @@ logger = logging.getLogger("batchpilot.service")
 
 #: A report costs one of its engine's bucket, and one more for so many steps.
 STEPS_PER_COST = 64
+#: Reports of more bytes are not kept whole until the next one.
+KEPT_BYTES = 1024
+#: Listing so many engines costs a client as much as one other call.
+ENGINES_PER_COST = 20
 #: An engine that opens a stream says hello within this time.
 HELLO_SECONDS = 10.0
 
@@ -107,7 +111,8 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
     ) -> pb.ListEnginesResponse:
         """The engines here."""
         async with answering("ListEngines", context, self._meters):
-            self._gate.admit(context, *_READERS)
+            cost = 1 + len(self._sessions) / ENGINES_PER_COST
+            self._gate.admit(context, *_READERS, cost=cost)
             now = self._sessions.clock()
             found = matching(self._sessions, request.group)
             return pb.ListEnginesResponse(engines=[engine_status(s, now) for s in found])
@@ -117,7 +122,8 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
     ) -> AsyncIterator[pb.WatchEngineResponse]:
         """What changes about the engines here."""
         async with answering("WatchEngine", context, self._meters):
-            self._gate.admit(context, *_READERS)
+            cost = 1 + len(self._sessions) / ENGINES_PER_COST
+            self._gate.admit(context, *_READERS, cost=cost)
             task = asyncio.current_task()
             assert task is not None
             if len(self.watchers) >= self._max_watchers:
@@ -226,9 +232,17 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
             )
         check_report(report, session.hello.facts)
         session.sequence = report.sequence
-        session.report = report
+        session.report = report if report.ByteSize() <= KEPT_BYTES else _without_detail(report)
         session.reported_at = now
         session.version += 1
+
+
+def _without_detail(report: pb.Report) -> pb.Report:
+    """What watchers and metrics are shown of a report; the rest would only take memory."""
+    kept = pb.Report(sequence=report.sequence, source=report.source, binding=report.binding)
+    kept.window.CopyFrom(report.window)
+    kept.DiscardUnknownFields()
+    return kept
 
 
 def _no_session(key: EngineKey) -> RefusalError:

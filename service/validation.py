@@ -15,6 +15,8 @@ from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 #: Longest free text an engine may send of itself, in characters.
 LONGEST_TEXT = 256
+#: A hello is kept as long as its session.
+LARGEST_HELLO_BYTES = 4096
 LARGEST_RANK = 65_535
 LARGEST_NUM_SEQS = 1_000_000
 LARGEST_TOKENS = 100_000_000
@@ -55,6 +57,8 @@ def check_hello(message: pb.EngineHello) -> None:
     Raises:
         ReportError: Naming the field.
     """
+    if message.ByteSize() > LARGEST_HELLO_BYTES:
+        raise ReportError(f"a hello of {message.ByteSize()} bytes; {LARGEST_HELLO_BYTES} suffice")
     check_id(message.id)
     facts, startup = message.facts, message.facts.startup_limits
     _between("max_num_seqs", startup.max_num_seqs, 1, LARGEST_NUM_SEQS)

@@ -128,7 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="faults whose name holds this text")
     args = parser.parse_args(argv)
     config = LiveEngineConfig(
-        args.model, max_num_seqs=32, max_num_batched_tokens=1024, kv_blocks=128, block_size=32
+        args.model,
+        max_num_seqs=32,
+        max_num_batched_tokens=1024,
+        kv_blocks=128,
+        block_size=32,
+        max_model_len=512,
     )
     lost_in_all = 0
     print("| fault | noticed | service decided | served / lost | throughput | back after |")

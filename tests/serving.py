@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+import json
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +60,11 @@ def hello(engine: str = "node-1:77", group: str = "chat", **fields: Any) -> pb.E
         "block_size": 16,
         "tokens_per_decode": 1,
     }
+    given = {"model_name": "m", "min_num_seqs": 1, "min_prefill_chunk": 64, **fields}
     return pb.EngineHello(
         id=pb.EngineId(group=group, engine=engine),
-        facts=pb.EngineFacts(**{**facts, **fields.pop("facts", {})}),
-        model_name="m",
-        min_num_seqs=1,
-        min_prefill_chunk=64,
-        **fields,
+        facts=pb.EngineFacts(**{**facts, **given.pop("facts", {})}),
+        **given,
     )
 
 
@@ -90,6 +92,39 @@ def report(sequence: int, **fields: Any) -> pb.Report:
     return pb.Report(
         sequence=sequence, window=pb.TelemetryWindow(**window), **{**defaults, **fields}
     )
+
+
+_COMMAND = (sys.executable, "-m", "batchpilot", "serve", "--bind", "127.0.0.1:0", "--json-logs")
+
+Start = Callable[..., tuple["subprocess.Popen[str]", str]]
+
+
+@contextmanager
+def service_processes() -> Iterator[Start]:
+    """Starts services as processes, `start(*options) -> (process, address)`; ends what is left."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen([*_COMMAND, *options], stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        return process, _address(process)
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def _address(process: subprocess.Popen[str]) -> str:
+    """Where a service that has just been started says it listens."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        found = re.search(r"serving on ([0-9.:]+)", json.loads(line)["message"])
+        if found:
+            return found[1]
+    raise AssertionError("the service ended before it served")
 
 
 class Engine:

@@ -54,7 +54,7 @@ def test_the_highest_rung_is_found_from_anywhere_and_no_rung_is_tried_twice(edge
     assert all(LOWEST <= rung <= HIGHEST for rung in tried)
 
 
-@pytest.mark.parametrize(("edge", "cost"), [(0, 3), (-1, 3), (1, 3), (5, 5), (-7, 7)])
+@pytest.mark.parametrize(("edge", "cost"), [(0, 3), (-1, 3), (1, 3), (5, 5), (-7, 6), (-50, 16)])
 def test_a_good_guess_is_cheap(edge, cost):
     tried = []
     highest_kept(lambda rung: tried.append(rung) or rung <= edge, 0)

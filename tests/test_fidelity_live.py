@@ -34,7 +34,7 @@ def test_live_and_virtual_engine_take_the_same_steps_and_a_fresh_policy_the_same
         assert item.equal_decisions == item.decisions == item.steps("live")
     assert comparisons[0].preemptions("live") > 0
     assert comparisons[0].policy == "static"
-    assert len(comparison_table(comparisons, "title").rows) == 15
+    assert len(comparison_table(comparisons, "title").rows) == 18
 
 
 def snapshot(running, used):

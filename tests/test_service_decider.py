@@ -255,6 +255,7 @@ def test_a_report_that_cannot_be_real_is_refused(fields):
         ({"itl_slo_ms": NAN}, "itl_slo_ms=nan"),
         ({"ttft_slo_ms": -1.0}, "ttft_slo_ms=-1.0"),
         ({"vllm_version": "v" * 257}, "vllm_version must be at most"),
+        ({"model_name": "m" * 5000}, "a hello of 50"),
     ],
 )
 def test_an_engine_that_could_not_exist_is_refused(fields, complaint):

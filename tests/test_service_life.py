@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,7 +13,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Engine, channel_to, hello, report, run, serving
+from serving import Engine, channel_to, hello, report, run, service_processes, serving
 
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
@@ -221,35 +219,10 @@ def test_groups_that_engines_make_up_do_not_fill_the_page():
     assert meters.decisions["other"] == 50
 
 
-COMMAND = [sys.executable, "-m", "batchpilot", "serve", "--bind", "127.0.0.1:0", "--json-logs"]
-
-
-def started(process):
-    """The address a service that has just been started says it listens on."""
-    for line in process.stderr:
-        found = re.search(r"serving on ([0-9.:]+)", json.loads(line)["message"])
-        if found:
-            return found[1]
-    raise AssertionError("the service ended before it served")
-
-
 @pytest.fixture
-def service_process(tmp_path):
-    """Starts services as processes and ends those that are left."""
-    processes = []
-
-    def start(*options):
-        process = subprocess.Popen(
-            [*COMMAND, *options], stderr=subprocess.PIPE, text=True, env=os.environ
-        )
-        processes.append(process)
-        return process, started(process)
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+def service_process():
+    with service_processes() as start:
+        yield start
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

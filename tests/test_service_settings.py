@@ -1,6 +1,7 @@
 """The service's settings, addresses, clients and rates: what is read, and what is refused."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from batchpilot.service.access import (
     read_access,
 )
 from batchpilot.service.addresses import Address
+from batchpilot.service.policy_source import PolicySource
 from batchpilot.service.rates import ClientRates, TokenBucket
 from batchpilot.service.settings import parse_settings, read_settings
 from batchpilot.service.wire import EngineKey
@@ -227,6 +229,14 @@ def test_clients_have_buckets_of_their_own_and_only_so_many_are_remembered():
     assert [rates.take("a"), rates.take("a"), rates.take("b")] == [True, False, True]
     assert rates.take("c")  # forgets a, which was seen longest ago
     assert [rates.take("b"), rates.take("a")] == [False, True]
+
+
+def test_the_example_file_can_be_used_as_it_is():
+    path = Path(__file__).parents[1] / "service" / "example.yaml"
+    settings = read_settings(path)
+    PolicySource().check_groups(settings)
+    assert settings.groups["chat"].policy == "memory+sla"
+    assert settings.groups["batch"].lease_ms == settings.default.lease_ms == 2000
 
 
 def test_every_setting_explains_itself():

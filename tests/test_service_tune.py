@@ -140,6 +140,36 @@ def test_what_cannot_be_real_ends_the_stream_with_invalid_argument(requests, com
     run(test)
 
 
+def test_an_engine_that_opens_a_stream_and_says_nothing_is_sent_away(monkeypatch):
+    monkeypatch.setattr("batchpilot.service.tuner.HELLO_SECONDS", 0.1)
+
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            silent = Engine(channel)
+            assert await silent.status() == (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "no hello within 0.1 s",
+            )
+            assert len(service.sessions) == 0
+
+    run(test)
+
+
+def test_an_engine_that_reads_no_answers_holds_up_only_itself():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            deaf = Engine(channel)
+            await deaf.begin()
+            async with channel_to(service) as other:
+                healthy = Engine(other)
+                await healthy.begin(hello(engine="node-2:1"))
+                for sequence in range(1, 21):
+                    await deaf.send(report=report(sequence))
+                    assert (await healthy.ask(sequence)).sequence == sequence
+
+    run(test)
+
+
 def test_garbage_ends_one_stream_and_nothing_else():
     async def test():
         async with serving(default=STATIC) as service, channel_to(service) as channel:
@@ -261,6 +291,20 @@ def test_limits_can_be_asked_for_without_a_stream():
             with pytest.raises(grpc.aio.AioRpcError) as has_stream:
                 await stub.GetLimits(pb.GetLimitsRequest(id=key, report=report(2)))
             assert has_stream.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+    run(test)
+
+
+def test_of_a_long_report_only_what_is_shown_is_kept():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            engine = Engine(channel)
+            await engine.begin()
+            columns = dict.fromkeys(("kv_tokens", "output_tokens", "prefill_tokens_left"), [9] * 50)
+            steps = [pb.StepRecord(seconds=0.01, running=50, decode_seqs=50)] * 100
+            await engine.ask(1, steps=steps, running=pb.SequenceColumns(**columns))
+            (session,) = service.sessions
+            assert session.report == report(1)
 
     run(test)
 

@@ -14,7 +14,7 @@ Definitions, used everywhere in the bench:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -247,8 +247,7 @@ class RunRecorder:
 
     def stepped(self, step: EngineStep) -> Sample:
         """Takes in what a step brought; returns the sample it added to the timeline."""
-        for request_id, count in step.new_tokens.items():
-            self._emitted(request_id, count, step.clock_seconds)
+        self._emitted(step.new_tokens, step.clock_seconds)
         for request_id in step.finished:
             self._end(request_id, step.clock_seconds)
         if step.record is not None:
@@ -282,15 +281,19 @@ class RunRecorder:
             timeline=tuple(self._samples),
         )
 
-    def _emitted(self, request_id: str, count: int, now: float) -> None:
-        trace = self._traces[request_id]
-        if trace.tokens:
-            self._gaps_seconds.extend([(now - trace.last) / count] * count)
-        else:
-            trace.first = now
-        trace.last = now
-        trace.tokens += count
-        self.output_tokens += count
+    def _emitted(self, new_tokens: Mapping[str, int], now: float) -> None:
+        traces, gaps = self._traces, self._gaps_seconds
+        for request_id, count in new_tokens.items():
+            trace = traces[request_id]
+            if trace.tokens == 0:
+                trace.first = now
+            elif count == 1:
+                gaps.append(now - trace.last)
+            else:
+                gaps.extend([(now - trace.last) / count] * count)
+            trace.last = now
+            trace.tokens += count
+            self.output_tokens += count
 
     def _end(self, request_id: str, now: float) -> None:
         trace = self._traces[request_id]

@@ -2,7 +2,8 @@
 
 Rung k is 2^(k / STEPS_PER_DOUBLING) times the scenario's own rate, the same for every contestant
 and seed, so that outcomes can be shared and compared. From where it is expected the search moves
-away in growing steps until the verdict changes, then halves the gap.
+away until the verdict changes, then halves the gap. Upwards its steps double; downwards they do so
+only once, for a rate far above what is kept is given up early, and one far below takes longest.
 
 Limitations: it takes for granted that a higher rate is never easier. The answer is a rung, so that
 two contestants that are less than a step (4.4 %) apart may come out equal.
@@ -14,7 +15,7 @@ from collections.abc import Callable
 
 STEPS_PER_DOUBLING = 16
 LOWEST, HIGHEST = -64, 48
-_FIRST_STRIDE = 2
+_FIRST_STRIDE, _LONGEST_FALL = 2, 4
 
 
 def rate_scale(rung: int) -> float:
@@ -35,7 +36,7 @@ def highest_kept(keeps: Callable[[int], bool], start: int) -> int | None:
     rung, stride = start, _FIRST_STRIDE
     while True:
         rung = min(rung + stride, HIGHEST) if rises else max(rung - stride, LOWEST)
-        stride *= 2
+        stride = 2 * stride if rises else _LONGEST_FALL
         if (rises and rung <= kept) or (not rises and rung >= lost):
             break
         if keeps(rung):

@@ -125,13 +125,21 @@ def run_gate(
     """
     folder = work_dir or cache_folder() / "gate"
     folder.mkdir(parents=True, exist_ok=True)
-    with _pool(min(workers or usable_cores(), len(tasks))) as pool:
+    processes = min(workers or usable_cores(), len(tasks))
+    if processes == 1:
+        return [_told(_run_or_load(task, folder), finished) for task in tasks]
+    with _pool(processes) as pool:
         places = {pool.submit(_run_or_load, task, folder): at for at, task in enumerate(tasks)}
         runs: dict[int, GateRun] = {}
         for future in as_completed(places):
             runs[places[future]] = run = future.result()
             finished(run)
     return [runs[at] for at in range(len(tasks))]
+
+
+def _told(run: GateRun, finished: Callable[[GateRun], None]) -> GateRun:
+    finished(run)
+    return run
 
 
 def run_task(task: GateTask) -> GateRun:

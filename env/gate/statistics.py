@@ -26,18 +26,17 @@ class Gain(NamedTuple):
 
 
 def relative_gains(new: Floats, old: Floats) -> Floats:
-    """Gains of pairs: new / old - 1.
+    """Gains of pairs: (new - old) / max(new, old), from -1 to 1.
 
-    A pair without any goodput on either side is no gain; where only the old one has none, it is a
-    gain of 1, as if it had doubled.
+    A loss is the usual share of the old. A gain is a share of the new: 0.5 is twice as much. So no
+    cell in which the old one serves next to nobody can outweigh all others.
 
     Args:
         new: Shape (cells, seeds), at least 0.
         old: The same.
     """
-    both_none = (old <= 0) & (new <= 0)
-    gains = np.where(old > 0, new / np.where(old > 0, old, 1.0) - 1.0, 1.0)
-    return np.where(both_none, 0.0, gains)
+    most = np.maximum(new, old)
+    return np.where(most > 0, (new - old) / np.where(most > 0, most, 1.0), 0.0)
 
 
 def bootstrap_gain(gains: Floats, *, confidence: float, resamples: int) -> Gain:

@@ -16,9 +16,9 @@ from batchpilot.agents.registry import PolicyRegistry
 from batchpilot.env.gate.verdict import Verdict
 
 _LEGEND = (
-    "Requests a second inside their targets, means over the seeds; gain: the candidate's over the "
-    "policy in force. The last row: each policy's mean, and the candidate's gain over it with its "
-    "interval of confidence."
+    "Requests a second inside their targets, means over the seeds. Gain: the candidate's over the "
+    "policy in force, as a share of the larger of both. Late: share of the requests outside their "
+    "targets. Below, the mean gain over each policy with its interval of confidence."
 )
 
 

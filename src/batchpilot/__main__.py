@@ -49,6 +49,11 @@ COMMANDS = {
         "service",
         "serve limits to a fleet of engines over gRPC",
     ),
+    "top": Command(
+        "batchpilot.service.top",
+        "service",
+        "watch the engines of a tuning service live",
+    ),
     "train": Command(
         "batchpilot.agents.training.cli",
         "train",

@@ -1,0 +1,257 @@
+"""Watch a fleet of engines live: what runs and waits, and which limit binds.
+
+Shows every engine that has a session with a tuning service, from its WatchEngine stream: sequences
+running and waiting, KV cache, inter-token latency against its target, the limits in force and which
+one binds, who decided them, and how much longer the lease runs. It reconnects by itself. Keys: q
+quits, s changes the order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import select
+import sys
+import termios
+import threading
+import time
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+from rich.console import Console
+from rich.live import Live
+
+from batchpilot.agents.parameters import ConfigError
+from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
+from batchpilot.protos.batchpilot.v1.tuner_pb2_grpc import TunerServiceStub
+from batchpilot.service.top_view import ORDERS, Board, view
+
+REFRESHES_PER_SECOND = 4
+FIRST_MESSAGE_SECONDS = 10.0
+LONGEST_RETRY_SECONDS = 5.0
+EXAMPLES = """\
+examples:
+  batchpilot top
+  batchpilot top --target tuner.internal:50061 --ca-file ca.pem --token-file viewer.token
+  batchpilot top --group chat --once --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--target", default="localhost:50061", metavar="HOST:PORT")
+    parser.add_argument("--group", default="", help="only this group's engines")
+    parser.add_argument("--engine", default="", help="only this engine of the group")
+    parser.add_argument("--interval", type=float, default=0.5, help="seconds between messages")
+    parser.add_argument("--once", action="store_true", help="print the engines once and end")
+    parser.add_argument("--json", action="store_true", help="JSON, a line for each message")
+    parser.add_argument("--ca-file", type=Path, help="PEM certificates to check the service's by")
+    parser.add_argument("--cert-file", type=Path, help="own PEM certificate, for mutual TLS")
+    parser.add_argument("--key-file", type=Path, help="its key")
+    parser.add_argument("--token-file", type=Path, help="file that holds a bearer token")
+    parser.epilog = EXAMPLES
+
+
+def run(args: argparse.Namespace) -> int:
+    """Shows the engines until told to stop; 1 where there is no service to show.
+
+    Raises:
+        ConfigError: A file that cannot be read, or a combination that makes no sense.
+    """
+    if args.interval <= 0:
+        raise ConfigError(f"--interval={args.interval} must be greater than 0")
+    if (args.cert_file is None) != (args.key_file is None):
+        raise ConfigError("--cert-file and --key-file go together: give both")
+    watcher = Watcher(args)
+    if args.once:
+        return _once(watcher, args)
+    watcher.start()
+    try:
+        return _stream_json(watcher) if args.json else _live(watcher, args)
+    finally:
+        watcher.close()
+
+
+class Watcher:
+    """Keeps a WatchEngine stream open in a thread of its own and its board up to date.
+
+    Args:
+        args: The command line's.
+
+    Raises:
+        ConfigError: A file that cannot be read.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Reads the files; opens nothing yet."""
+        self.board = Board()
+        self.changed = threading.Event()
+        self._args = args
+        self._open_channel().close()
+        self._closing = threading.Event()
+        self._call: Any = None
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the stream and the thread."""
+        self._closing.set()
+        call = self._call
+        if call is not None:
+            call.cancel()
+        self._thread.join(timeout=2)
+
+    def _open_channel(self) -> Any:
+        args = self._args
+        # Files are read again for every stream: certificates and tokens are replaced now and then.
+        self._metadata = _token(args.token_file)
+        if args.ca_file is None:
+            return grpc.insecure_channel(args.target)
+        key, certificate = _content(args.key_file), _content(args.cert_file)
+        credentials = grpc.ssl_channel_credentials(_content(args.ca_file), key, certificate)
+        return grpc.secure_channel(args.target, credentials)
+
+    def _run(self) -> None:
+        retry = 0.5
+        while not self._closing.is_set():
+            try:
+                if self._watch():
+                    retry = 0.5
+                self.board.state = "the service ended the stream"
+            except grpc.RpcError as error:
+                self.board.state = said(error)
+            except ConfigError as error:
+                self.board.state = str(error)
+            self.changed.set()
+            self._closing.wait(retry)
+            retry = min(2 * retry, LONGEST_RETRY_SECONDS)
+
+    def ask_once(self) -> None:
+        """Fills the board by a single call.
+
+        Raises:
+            grpc.RpcError: The service does not answer or refuses.
+        """
+        args = self._args
+        with self._open_channel() as channel:
+            answer = TunerServiceStub(channel).ListEngines(
+                pb.ListEnginesRequest(group=args.group),
+                metadata=self._metadata,
+                timeout=FIRST_MESSAGE_SECONDS,
+            )
+        engines = [e for e in answer.engines if args.engine in ("", e.id.engine)]
+        self.board.take(pb.WatchEngineResponse(engines=engines))
+        self.board.state = "connected"
+
+    def _watch(self) -> bool:
+        """One stream, to its end; whether it brought anything."""
+        args, first = self._args, True
+        request = pb.WatchEngineRequest(
+            group=args.group, engine=args.engine, interval_ms=max(1, round(1e3 * args.interval))
+        )
+        with self._open_channel() as channel:
+            call = self._call = TunerServiceStub(channel).WatchEngine(
+                request, metadata=self._metadata
+            )
+            for response in call:
+                if first:
+                    self.board.restart()
+                    self.board.state, first = "connected", False
+                self.board.take(response)
+                self.changed.set()
+        return not first
+
+
+def _once(watcher: Watcher, args: argparse.Namespace) -> int:
+    try:
+        watcher.ask_once()
+    except grpc.RpcError as error:
+        print(f"batchpilot top: {args.target}: {said(error)}", file=sys.stderr)
+        return 1
+    if args.json:
+        _print_json(watcher.board)
+    else:
+        # A pipe has no width of its own; cutting names off there would help nobody.
+        console = Console() if sys.stdout.isatty() else Console(width=200)
+        board = watcher.board
+        console.print(view(board.rows(), target=args.target, state=board.state))
+    return 0
+
+
+def _stream_json(watcher: Watcher) -> int:
+    while True:
+        watcher.changed.wait()
+        watcher.changed.clear()
+        _print_json(watcher.board)
+
+
+def _print_json(board: Board) -> None:
+    engines = [row._asdict() for row in board.rows()]
+    print(json.dumps({"state": board.state, "engines": engines}), flush=True)
+
+
+def _live(watcher: Watcher, args: argparse.Namespace) -> int:
+    orders, order = list(ORDERS), 0
+    board, console = watcher.board, Console()
+    with (
+        _keys() as read_key,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while True:
+            shown = view(board.rows(), target=args.target, state=board.state, order=orders[order])
+            live.update(shown, refresh=True)
+            key = read_key(1 / REFRESHES_PER_SECOND)
+            if key in ("q", "\x03", "\x1b"):
+                return 0
+            if key == "s":
+                order = (order + 1) % len(orders)
+
+
+@contextmanager
+def _keys() -> Iterator[Any]:
+    """Reads single keys from the terminal; from nothing where there is none."""
+    if not sys.stdin.isatty():
+        yield _no_key
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+
+    def read_key(seconds: float) -> str:
+        ready, _, _ = select.select([descriptor], [], [], seconds)
+        return sys.stdin.read(1) if ready else ""
+
+    try:
+        tty.setcbreak(descriptor)
+        yield read_key
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _no_key(seconds: float) -> str:
+    time.sleep(seconds)
+    return ""
+
+
+def said(error: grpc.RpcError) -> str:
+    """A failed call in one line."""
+    return f"{error.code().name}: {error.details()}"
+
+
+def _token(path: Path | None) -> tuple[tuple[str, str], ...]:
+    content = _content(path)
+    return () if content is None else (("authorization", f"Bearer {content.decode().strip()}"),)
+
+
+def _content(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
