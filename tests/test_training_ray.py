@@ -101,12 +101,11 @@ def test_a_step_that_always_kills_its_worker_is_an_error():
 
 
 def _die(vector: Any) -> None:
-    """Asks for something, and kills whoever is asked."""
+    """Kills whoever is asked."""
 
-    def ask(worker: Any, own: Any) -> Any:
-        reference = worker.call.remote(0, "get_state", (), {})
+    def ask(worker: Any, share: Any) -> Any:
         ray.kill(worker)
-        return reference
+        return worker.call.remote(0, "get_state", (), {})
 
     vector._answer(0, ask)
 

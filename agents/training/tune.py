@@ -109,22 +109,28 @@ def _suggest(trial: optuna.Trial, own: Hyperparameters) -> dict[str, Any]:
     values: dict[str, Any] = {
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True),
         "gamma": trial.suggest_float("gamma", 0.9, 0.999),
-        "batch_size": trial.suggest_categorical("batch_size", [64, 128, 256]),
+        "batch_size": _choice(trial, "batch_size", own, (64, 128, 256)),
     }
     if isinstance(own, PpoHyperparameters):
         values |= {
-            "n_steps": trial.suggest_categorical("n_steps", [64, 128, 256, 512]),
+            "n_steps": _choice(trial, "n_steps", own, (64, 128, 256, 512)),
             "gae_lambda": trial.suggest_float("gae_lambda", 0.8, 1.0),
             "ent_coef": trial.suggest_float("ent_coef", 0.0, 0.02),
             "log_std_init": trial.suggest_float("log_std_init", -2.5, 0.0),
         }
     if isinstance(own, OffPolicyHyperparameters):
-        values["learning_starts"] = trial.suggest_categorical("learning_starts", [200, 500, 1000])
+        values["learning_starts"] = _choice(trial, "learning_starts", own, (200, 500, 1000))
     return values
 
 
+def _choice(trial: optuna.Trial, name: str, own: Hyperparameters, others: tuple[int, ...]) -> int:
+    """One of several, the configuration's own among them."""
+    chosen: int = trial.suggest_categorical(name, sorted({*others, getattr(own, name)}))
+    return chosen
+
+
 def _own_values(own: Hyperparameters) -> dict[str, Any]:
-    """The configuration's own values of what is searched, where they lie in the search's ranges."""
+    """The configuration's own values of what is searched."""
     values = asdict(own)
     searched: dict[str, Any] = {k: values[k] for k in ("gamma", "batch_size") if k in values}
     if isinstance(own, PpoHyperparameters):
