@@ -258,6 +258,7 @@ def test_the_capacity_of_an_engine_in_this_process_is_searched_after_a_warm_up(
 
 
 @pytest.mark.live
+@pytest.mark.slow  # on a busy machine the search goes down to rates whose requests take minutes
 def test_the_capacity_of_a_real_engine(folder, capsys):
     lengths = "fixed:prompt_tokens=32:output_tokens=16"
     targets = ["--itl-slo-ms", "500", "--ttft-slo-ms", "500", "--max-num-seqs", "8"]
