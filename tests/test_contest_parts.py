@@ -211,9 +211,9 @@ def test_everybody_takes_part_and_the_default_comes_first():
         "aimd",
     ):
         assert label in lineup
-    assert static_pair(64, 256) in static_grid(scenario)
+    assert static_pair(128, 256) in static_grid(scenario)
     small = slo_scenario("llama-3.1-8b-rtx4090", "Azure", itl_factor=2, ttft_slo_ms=1000)
-    assert static_pair(32, 256) in static_grid(small)
+    assert static_pair(64, 256) in static_grid(small)  # half the sequences
     saturated = saturated_lineup(saturated_scenario("llama-3.1-8b-h100", "Azure", 4000))
     assert static_pair(16, 8192) in saturated
     assert not any(label.startswith(("sla", "memory+sla")) for label in saturated)

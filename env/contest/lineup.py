@@ -22,7 +22,7 @@ OTHERS = ("trtllm", "p-pas", "gradient2", "aimd")
 _BY_SEQUENCES = ("trtllm", "gradient2", "aimd")
 #: KV tokens up to which a device counts as small: its grid has half as many sequences.
 SMALL_KV_TOKENS = 100_000
-_PAIRS = ((64, 256), (128, 256), (64, 512), (128, 512), (128, 2048), (256, 2048))
+_PAIRS = ((64, 512), (128, 256), (128, 512), (128, 1024), (128, 2048), (256, 1024))
 
 
 def static_pair(max_num_seqs: int, max_num_batched_tokens: int) -> str:
