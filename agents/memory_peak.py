@@ -74,12 +74,15 @@ class MemoryPeakPolicy:
     """
 
     def __init__(
-        self, params: MemoryPeakParameters, lengths: LengthEstimator | None = None
+        self,
+        params: MemoryPeakParameters,
+        lengths: LengthEstimator | None = None,
+        cold_start_memory_factor: float = COLD_START_MEMORY_FACTOR,
     ) -> None:
         """Starts without lengths, or with an estimator that another policy reads too."""
         self._theta = NormalDist().inv_cdf(1 - params.memory_overflow_probability)
         self._recheck_steps = params.recheck_steps
-        self._by_blocks = MemoryPolicy(MemoryParameters(memory_factor=COLD_START_MEMORY_FACTOR))
+        self._by_blocks = MemoryPolicy(MemoryParameters(memory_factor=cold_start_memory_factor))
         self._lengths = lengths or LengthEstimator()
         self._decision: Decision | None = None
         self._idle: Decision | None = None

@@ -153,8 +153,8 @@ def test_a_first_token_that_only_a_slow_step_saves_gets_one():
 
 
 def test_without_a_target_it_is_memory_peak_with_the_start_up_budget():
-    ours = PredictivePolicy(PredictiveParameters(ttft_slo_ms=500.0))
-    theirs = PolicySpec.parse("memory-peak").build()
+    ours = PredictivePolicy(PredictiveParameters())
+    theirs = PolicySpec.parse("memory-peak:memory_overflow_probability=0.45").build()
     for running in (1, 8, 40, 41, 120):
         for policy in (ours, theirs):
             policy.observe(step(running, 0))
