@@ -49,7 +49,7 @@ class LimitSettings(Parameters):
     reports_per_second: float = parameter(
         20.0, above=0, help="reports one engine may send, averaged"
     )
-    report_burst: int = parameter(40, minimum=1, help="reports it may send at once")
+    report_burst: int = parameter(200, minimum=1, help="reports it may send at once")
     calls_per_second: float = parameter(
         100.0, above=0, help="calls one client may make, averaged: streams opened, unary calls"
     )
