@@ -90,12 +90,12 @@ bench-virtual: setup  ## the README's figures on a virtual RTX 4090 whose KV cac
 	  --arrivals saturated --rounds 3 --policies static,watermark:0.05,watermark:0.1,memory,memory-clt,memory-peak \
 	  --json results/virtual.json --html results/virtual.html
 
-bench-predictive: setup  ## every policy against every baseline on virtual GPUs (an hour on two cores; taken up again)
+bench-predictive: setup  ## every policy against every baseline on virtual GPUs (two hours on two cores; taken up again)
 	$(BIN)/python -m batchpilot.env.contest --json results/predictive.json --html results/predictive.html
 
 bench-predictive-live: setup  ## the real model under a latency target at a Poisson load: six minutes
 	$(BIN)/batchpilot bench --engine live --model smollm2-135m --max-num-seqs 64 --workload chat:output_max=400 \
-	  --arrivals poisson:0.7 --num-requests 20 --itl-slo-ms 50 --ttft-slo-ms 4000 --rounds 3 \
+	  --arrivals poisson:0.7 --num-requests 16 --itl-slo-ms 50 --ttft-slo-ms 4000 --rounds 3 \
 	  --policies static,memory+sla,predictive --json results/predictive-live.json --html results/predictive-live.html
 
 fidelity: setup  ## the virtual GPU against real runs: replays, and where more sequences stop helping
