@@ -24,8 +24,9 @@ TOO_NOISY = 0.5
 SLOW_STEP = 2.0
 #: Share of the time to the first token that is planned with.
 TTFT_AIM = 0.9
-#: Steps between two looks at whether the model can be trusted, and at the largest batch.
-CHECK_STEPS = 16
+#: Steps between two looks at whether the model can be trusted, and at the largest batch; fewer
+#: while it is not: the first blocks it learns from are as short.
+CHECK_STEPS, UNTRUSTED_CHECK_STEPS = 16, 4
 
 FITS = "largest prefill within the target"
 LEAST_CHUNK = "the least chunk: the target leaves no more"
@@ -94,12 +95,17 @@ class LatencyLimits:
             self._start_slowly(step)
 
     def check(self, snapshot: EngineSnapshot) -> None:
-        """Now and then: whether the model can be trusted, and how large a batch it allows."""
+        """Now and then: whether the model can be trusted, and how large a batch it allows.
+
+        Call it before each step: it also keeps up with who still waits for a first token.
+        """
+        if self._ttft_aim is not None:
+            self._queue.update(snapshot)
         self._steps_to_check -= 1
         if self._steps_to_check > 0 or not snapshot.decode_seqs:
             return
         self.is_trusted = self._deserves_trust(snapshot)
-        self._steps_to_check = CHECK_STEPS if self.is_trusted else 1
+        self._steps_to_check = CHECK_STEPS if self.is_trusted else UNTRUSTED_CHECK_STEPS
         if self.is_trusted:
             self.largest_batch = self._largest_batch(snapshot)
 
@@ -112,7 +118,6 @@ class LatencyLimits:
         if tokens < self._chunk:
             tokens, reason = self._chunk, LEAST_CHUNK
         if self._ttft_aim is not None:
-            self._queue.update(snapshot)
             more = self._saving(snapshot, tokens, kv_tokens, aim, self._ttft_aim)
             self._late_gaps.plan(decodes if more else 0)
             if more:

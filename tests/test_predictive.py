@@ -70,7 +70,7 @@ def test_it_trusts_itself_within_tens_of_steps_and_says_who_decides_until_then()
     first = policy.decide(snapshot(10, waiting=1))
     assert (first.source, first.reason) == (Source.MEMORY_SLA, COLD)
     sources = drive(policy, 300)
-    assert sources.index(Source.PREDICTIVE) < 64
+    assert sources.index(Source.PREDICTIVE) < 96
     assert sources[-100:] == [Source.PREDICTIVE] * 100
 
 
