@@ -31,9 +31,10 @@ from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
+from batchpilot.agents.strict_json import parse_object
 
 #: The keys of a file, in the order they are written.
 _KEYS = (
@@ -201,16 +202,7 @@ def parse_profile(text: str, *, where: str) -> GpuProfile:
         ConfigError: It is no JSON object, a key is unknown, missing or given twice, or a value
             does not fit.
     """
-    try:
-        values = json.loads(
-            text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: not a JSON object")
+    values = parse_object(text, where=where)
     parts: dict[str, type[Parameters]] = {"step_time": StepTimeModel, "fit_error": FitError}
     for key, kind in parts.items():
         if key in values:
@@ -251,18 +243,3 @@ def _check_types(kind: type[Parameters], values: Mapping[str, Any], where: str) 
 
 
 _JSON_NAMES = {int: "whole number", float: "number", str: "text", NoneType: "null"}
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    """JSON has no NaN and no infinity, though Python reads them."""
-    raise ConfigError(f"{text} is not a number")
-
-
-def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Python would keep the last of two values."""
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ConfigError(f"{key} is given twice")
-        values[key] = value
-    return values
