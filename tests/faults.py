@@ -109,6 +109,10 @@ class World:
         self.link = remote_link(settings, EngineIdentity(facts, "model", 0, "0.32.0"), local)
         return self.link
 
+    def stats_seen(self) -> set[str]:
+        """What the engine's client has noticed so far."""
+        return noticed(self.link) if self.link is not None else set()
+
     def good_double(self) -> Double:
         """A double that answers as a service should."""
         limits = self.scale.good
@@ -138,6 +142,12 @@ class World:
         self.proxy.close()
 
 
+def noticed(link: RemoteLink) -> set[str]:
+    """What a client has counted that is no success: how streams ended, why answers were refused."""
+    stats = link.client.stats
+    return {*stats.failures, *stats.leases} - {"accepted"}
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing that goes wrong.
@@ -157,8 +167,7 @@ class Fault:
 
     def has_struck(self, link: RemoteLink) -> bool:
         """Whether the client noticed what it should have."""
-        stats = link.client.stats
-        seen = {*stats.failures, *stats.leases} - {"accepted"}
+        seen = noticed(link)
         return bool(seen & self.signs) if self.signs else not seen
 
 
@@ -365,12 +374,20 @@ def conflicting(world: World) -> None:
     world.proxy.drop()
 
 
+WITHOUT_LEASE = frozenset({"SILENT", "no_limits"})
+#: How long a fault is held at most until the engine has noticed it.
+SIGN_SECONDS = 20.0
+
+
 def without_policy(world: World) -> None:
     """A service whose policy cannot be built: it takes reports and gives no lease."""
     before, good = world.proxy.upstream, world.service
     bad = world.serve(policy="sla")
     world.proxy.drop()
     time.sleep(world.scale.hold_seconds)
+    gives_up_at = time.monotonic() + SIGN_SECONDS
+    while not WITHOUT_LEASE.intersection(world.stats_seen()) and time.monotonic() < gives_up_at:
+        time.sleep(0.02)  # a busy machine takes longer to reach the second service
     world.service, world.proxy.upstream = good, before
     bad.kill()
     world.proxy.drop()
@@ -408,7 +425,7 @@ FAULTS = (
     Fault("disk full under the experience log", with_experience, disk_full, signs("")),
     Fault("the clock steps", with_double, clock_steps, signs("")),
     Fault("two services in conflict", with_double, conflicting, signs("UNAVAILABLE")),
-    Fault("service without a policy", with_service(), without_policy, signs("SILENT no_limits")),
+    Fault("service without a policy", with_service(), without_policy, WITHOUT_LEASE),
 )
 
 

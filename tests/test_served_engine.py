@@ -108,6 +108,19 @@ def test_steering_moves_the_servers_limits_and_closing_gives_its_policy_back(ser
         assert until(lambda: engine.collect(0.3).limits == BatchLimits(20, 2048), 0.5)
 
 
+def play_with_the_middle_action(env):
+    """One episode; returns its last info and reward."""
+    seen, info = env.reset(seed=1)
+    assert env.observation_space.contains(seen)
+    assert info["proposed_limits"] is None
+    for number in range(10):
+        seen, reward, terminated, truncated, info = env.step(np.zeros(2, dtype=np.float32))
+        assert env.observation_space.contains(seen)
+        assert info["proposed_limits"] == {"max_num_seqs": 8, "max_num_batched_tokens": 362}
+        assert (terminated, truncated) == (False, number == 9)
+    return info, reward
+
+
 def test_the_environment_steers_by_actions_and_rewards_tokens_in_time(server, target):
     env = gymnasium.make(
         registration.SERVED_ENV,
@@ -119,15 +132,12 @@ def test_the_environment_steers_by_actions_and_rewards_tokens_in_time(server, ta
         min_num_seqs=2,
         capacity_tokens_per_s=1000.0,
     )
-    seen, info = env.reset(seed=1)
-    assert env.observation_space.contains(seen)
-    assert info["proposed_limits"] is None
-    middle = np.zeros(2, dtype=np.float32)
-    for number in range(10):
-        seen, reward, terminated, truncated, info = env.step(middle)
-        assert env.observation_space.contains(seen)
-        assert info["proposed_limits"] == {"max_num_seqs": 8, "max_num_batched_tokens": 362}
-        assert (terminated, truncated) == (False, number == 9)
+    for _ in range(
+        6
+    ):  # sequences beyond a new limit first run to their end, on a busy machine long
+        info, reward = play_with_the_middle_action(env)
+        if info["applied_limits"] == info["proposed_limits"]:
+            break
     assert info["applied_limits"] == info["proposed_limits"]
     assert reward == pytest.approx(info["throughput_tokens_per_s"] / 1000.0)
     env.close()
