@@ -120,13 +120,14 @@ def hello(number: int) -> pb.TuneRequest:
     )
 
 
-def report(number: int, interval: float) -> pb.TuneRequest:
-    """A busy engine's window, to be numbered and sent again and again; engines differ a little."""
-    running = 96 + number * 7 % 128
+def report(number: int, sequence: int, interval: float) -> pb.TuneRequest:
+    """A busy engine's window; engines and windows differ a little."""
+    running = 96 + (number * 7 + sequence * 5) % 128
     steps = max(1, round(interval / 0.03))
     decoded = steps * running
     return pb.TuneRequest(
         report=pb.Report(
+            sequence=sequence,
             window=pb.TelemetryWindow(
                 seconds=interval,
                 steps=steps,
@@ -232,7 +233,7 @@ class Fleet:
         """Reports at even times, each engine's own, to the end of the measurement."""
         loop, interval = asyncio.get_running_loop(), 1.0 / self._load.reports_per_second
         due = loop.time() + interval * ((number * 0.618) % 1.0)
-        sequence, request = 0, report(number, interval)
+        sequence, request = 0, report(number, 1, interval)
         while due < self._ends_at:
             await asyncio.sleep(due - loop.time())
             sequence += 1

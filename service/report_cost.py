@@ -87,8 +87,7 @@ def messages(detail: int, count: int) -> list[bytes]:
         prefill_tokens_left=[PROMPT_TOKENS] * WAITING,
     )
     for sequence in range(1, count + 1):
-        message = report(0, INTERVAL_SECONDS)
-        message.report.sequence = sequence
+        message = report(0, sequence, INTERVAL_SECONDS)
         steps = [engine.step() for _ in range(STEPS)]
         window = message.report.window
         window.steps, window.running, window.waiting = STEPS, RUNNING, WAITING
