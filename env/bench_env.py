@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--processes", default="1,2", help="how many at once, one after another")
     parser.add_argument("--seconds", type=float, default=10.0, help="wall time of each")
-    parser.add_argument("--running", default="64", help="sequences in the engine, one after another")
+    parser.add_argument("--running", default="64", help="sequences in the engine, in turn")
     args = parser.parse_args(argv)
     counts = args.processes.split(",")
     sizes = args.running.split(",")
