@@ -28,8 +28,13 @@ INERTIA = 1e-4
 #: Steps whose middle one is the speed of now: two pauses in a row do not move it.
 SPEED_WINDOW = 5
 SPEED_GAIN = 0.25
-#: An innovation is clipped at so many standard deviations.
+#: An innovation is clipped at so many standard deviations, of its noise and the model's error.
 CLIP_DEVIATIONS = 3.0
+#: A believed step so many times as long as modelled is weighted by its own time.
+SURELY_LONGER = 1.5
+#: Where this share of the newest steps was beyond that, the model is at fault: nothing is clipped.
+MODEL_AT_FAULT = 0.2
+SURPRISE_GAIN = 1 / 16
 FIRST_NOISE = 0.1
 SMALLEST_NOISE = 0.005
 #: Information on each weight to begin with, in relative errors; next to nothing.
@@ -89,7 +94,9 @@ class StepTimeEstimator:
     smoothed, follows what changes everything at once, such as a GPU that throttles, within about
     a dozen steps; the weights follow within a thousand.
 
-    Outliers: an innovation beyond three deviations is clipped to that, and the median ignores it.
+    Outliers: an innovation beyond three deviations is clipped to that, and the median ignores it;
+    unless the model's own error there is as large, or several came lately. One that is far longer
+    than modelled counts relative to itself, so that a pause never outweighs a thousand steps.
     Irregular steps (start-up, after an idle gap) are not looked at.
 
     Attributes:
@@ -118,6 +125,7 @@ class StepTimeEstimator:
         self._block = FIRST_BLOCK_STEPS
         self._ratios = [1.0] * SPEED_WINDOW
         self._noise = FIRST_NOISE
+        self._surprises = 0.0
         self.steps = 0
         self.speed = 1.0
         self.bias = 0.0
@@ -233,7 +241,11 @@ class StepTimeEstimator:
             modelled = self._modelled(decode_seqs, prefill_tokens, kv_tokens)
             if modelled > 0:
                 weight = modelled * self.speed
-                seconds = self._believable(step, seconds / weight) * weight
+                ratio = seconds / weight
+                believed = self._believable(step, ratio)
+                seconds = believed * weight
+                if believed == ratio and ratio > SURELY_LONGER:
+                    weight = seconds
                 self._follow_speed(step.seconds / modelled)
         self._rows.append((decode_seqs, prefill_tokens, kv_tokens, seconds, weight))
         if len(self._rows) >= self._block:
@@ -245,11 +257,14 @@ class StepTimeEstimator:
         deviation = abs(ratio - 1.0)
         bound = CLIP_DEVIATIONS * self._noise
         counted = deviation
-        if deviation > bound:
-            error = self.relative_error(step.decode_seqs, step.prefill_tokens, step.kv_tokens)
-            wide = min(1.0, CLIP_DEVIATIONS * math.hypot(self._noise, error))
-            ratio = min(max(ratio, 1 - wide), 1 + wide)
-            counted = min(deviation, bound)
+        surprising = deviation > bound
+        self._surprises += SURPRISE_GAIN * (surprising - self._surprises)
+        if surprising:
+            if self._surprises < MODEL_AT_FAULT:
+                error = self.relative_error(step.decode_seqs, step.prefill_tokens, step.kv_tokens)
+                wide = CLIP_DEVIATIONS * math.hypot(self._noise, error)
+                ratio = min(max(ratio, 1 - wide), 1 + wide)
+            counted = bound
         noise = self._noise + NOISE_GAIN * (MEAN_DEVIATION_TO_SIGMA * counted - self._noise)
         self._noise = noise if noise > SMALLEST_NOISE else SMALLEST_NOISE
         return ratio

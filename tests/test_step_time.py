@@ -84,6 +84,37 @@ def test_pauses_and_spikes_do_not_move_it():
     assert np.mean(errors(shaken)) < np.mean(errors(calm)) + 0.02
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_prompts_far_longer_than_any_before_are_learned_not_clipped(seed):
+    """As prefill starts slowly on an idle GPU: each chunk twice the last while the target holds."""
+    seconds = load_profile("llama-3.1-70b-h100-tp4").step_time.seconds
+    rng, model = random.Random(seed), StepTimeEstimator()
+    contents = [(2, 0, 1400)] * 36
+    contents += [(2, chunk, 3000) for chunk in (128, 128, 256, 512, 1024, 2046, 243)]
+    contents += [(5, chunk, 12_000) for chunk in (512, 512, 1024, 2044, 1024, 512, 256, 512, 1024)]
+    contents += [(7, chunk, 20_000) for chunk in (2042, 1024, 512, 256, 512, 1024, 2042, 1024, 512)]
+    contents += [(10, 0, 24_000)] * 6 + [(10, chunk, 25_000) for chunk in (2038, 2038, 68)]
+    contents += [(12, 0, 28_000)] * 50
+    contents += [(15 + i // 10, rng.randrange(400, 560), 34_000 + 340 * i) for i in range(80)]
+    for content in contents:
+        model.observe(record(content, seconds(*content) * (1 + 0.05 * rng.gauss(0, 1))))
+    for content in ((23, 0, 61_000), (23, 545, 61_000), (24, 2024, 62_000), (46, 64, 124_000)):
+        assert model.predict(*content) == pytest.approx(seconds(*content), rel=0.15)
+
+
+def test_a_cost_that_changes_its_shape_is_learned_anew():
+    """Prompt tokens become three times as dear, decodes stay: no factor on the whole fits that."""
+    model, rng = taught(noise=0.03), random.Random(2)
+
+    def dearer(decode_seqs, prefill_tokens, kv_tokens):
+        return H100(decode_seqs, prefill_tokens, kv_tokens) + 3.5e-5 * prefill_tokens
+
+    for _ in range(1500):
+        content = load(rng)
+        model.observe(record(content, dearer(*content) * (1 + 0.03 * rng.gauss(0, 1))))
+    assert np.mean(errors(model, dearer)) < 0.1
+
+
 def test_irregular_and_empty_steps_are_not_looked_at():
     model = taught(steps=64)
     before = model.weights, model.steps, model.speed
