@@ -105,7 +105,7 @@ def test_a_gpu_that_slows_by_half_is_followed_without_doubt():
     assert set(drive(policy, 64, slower=1.5)) == {Source.PREDICTIVE}
     limits = policy.decide(snapshot(10, waiting=1)).limits
     prefill = limits.max_num_batched_tokens - 10
-    assert 1.5 * SECONDS(10, prefill, 5000) == pytest.approx(0.014, rel=0.04)
+    assert 1.5 * SECONDS(10, prefill, 5000) == pytest.approx(0.014, rel=0.05)
 
 
 def test_the_budget_fills_the_target_to_within_three_per_cent():
