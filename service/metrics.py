@@ -138,7 +138,7 @@ def _totals(meters: Meters) -> Iterator[Any]:
     info = GaugeMetricFamily(f"{PREFIX}info", "always 1", labels=("version",))
     info.add_metric((__version__,), 1)
     yield info
-    yield _counter("leases", "leases made", ("group",), meters.decisions)
+    yield _counter("leases", "leases sent", ("group",), meters.leases)
     yield _counter(
         "clamps", "decisions that the shield changed", ("group", "reason"), meters.clamps
     )
