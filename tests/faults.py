@@ -74,6 +74,7 @@ class World:
         authority: Has signed the good certificates; None without TLS.
         is_local: Whether the engine's newest step was decided by its local policy; where nobody
             watches the engine, it is taken to be.
+        signs: Of the fault that strikes now; see `Fault`.
         service_cores: Those that service processes run on; None for any.
     """
 
@@ -85,16 +86,22 @@ class World:
     servers: list[Server] = field(default_factory=list)
     authority: Authority | None = None
     is_local: Callable[[], bool] = lambda: True
+    signs: frozenset[str] = frozenset()
     service_cores: frozenset[int] | None = None
 
     def hold(self, *, until_local: bool = False) -> None:
-        """Lets a fault last; if told to, until the local policy has decided a step.
+        """Lets a fault last until the client has noticed it.
 
         A busy machine takes longer to get so far: that is no reason to heal a fault before.
+
+        Args:
+            until_local: And until the local policy has decided a step.
         """
         time.sleep(self.scale.hold_seconds)
         gives_up_at = time.monotonic() + SIGN_SECONDS
-        while until_local and not self.is_local():
+        while (self.signs and not self.signs & self.stats_seen()) or (
+            until_local and not self.is_local()
+        ):
             assert time.monotonic() < gives_up_at, self.why()
             time.sleep(0.005)
 
@@ -417,9 +424,6 @@ def without_policy(world: World) -> None:
     bad = world.serve(policy="sla")
     world.proxy.drop()
     world.hold(until_local=True)
-    gives_up_at = time.monotonic() + SIGN_SECONDS
-    while not WITHOUT_LEASE.intersection(world.stats_seen()) and time.monotonic() < gives_up_at:
-        time.sleep(0.02)  # a busy machine takes longer to reach the second service
     world.service, world.proxy.upstream = good, before
     bad.kill()
     world.proxy.drop()
@@ -493,6 +497,7 @@ class FaultLog:
         try:
             self._await_leases(0.0)
             self.struck_at = time.monotonic()
+            self.world.signs = self.fault.signs
             self.fault.strike(self.world)
             self.healed_at = time.monotonic()
             self._await_leases(self.healed_at)
