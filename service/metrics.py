@@ -157,7 +157,9 @@ def _totals(meters: Meters) -> Iterator[Any]:
         meters.verdicts,
     )
     yield _counter("reloads", "files read again", ("result",), meters.reloads)
-    yield _histogram("decision_seconds", "from a report that was read to its lease", meters.latency)
+    yield _histogram(
+        "decision_seconds", "from a report that was read to its decision", meters.latency
+    )
 
 
 def _groups(sessions: list[Session]) -> Iterator[Any]:

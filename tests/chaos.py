@@ -32,6 +32,9 @@ from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
 
 STARTUP = BatchLimits(32, 1024)
 LOCAL = "memory"
+WARM_UP_SECONDS = 12.0
+#: Tells the command that has begun again which core is the services'.
+SERVICE_CORE = "CHAOS_SERVICE_CORE"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Outcome:
     Attributes:
         fault: Its name.
         noticed: What the client counted, by name.
+        local_rate: Tokens per second by the local policy.
         remote_share: Of the steps, those that the service decided, 0 to 1.
         served: Requests served meanwhile.
         ratio: Tokens per second from the first report to the return, over the local policy's.
@@ -50,6 +54,7 @@ class Outcome:
 
     fault: str
     noticed: dict[str, int]
+    local_rate: float
     remote_share: float
     served: int
     ratio: float
@@ -82,7 +87,7 @@ class Chaos:
         self._service_cores = service_cores
         self._local_seconds = local_seconds
         self.traffic = Traffic(engine)
-        self._serve_locally()
+        self.traffic.serve(after(WARM_UP_SECONDS))
         self._before = self._serve_locally()
 
     def strike(self, fault: Fault, scale: Scale) -> Outcome:
@@ -99,6 +104,7 @@ class Chaos:
         return Outcome(
             fault=fault.name,
             noticed=noticed,
+            local_rate=local,
             remote_share=remote_share(during.decisions),
             served=during.served,
             ratio=during.tokens_per_second / local,
@@ -172,12 +178,23 @@ def scale_of(fault: Fault, args: argparse.Namespace) -> Scale:
     )
 
 
-def split_cores() -> tuple[frozenset[int], frozenset[int] | None]:
-    """Cores of the engine and its client, and of the services; None where there is only one."""
-    first, *rest = sorted(os.sched_getaffinity(0))
-    if not rest:
-        return frozenset({first}), None
-    return frozenset({first, *rest[:-1]}), frozenset({rest[-1]})
+def begin_on_own_cores() -> None:
+    """Starts this command again on all cores but one, which is for the services.
+
+    Again, because OpenMP counts cores when it is loaded, and its threads must not share one.
+    """
+    *own, last = sorted(os.sched_getaffinity(0))
+    if not own or SERVICE_CORE in os.environ:
+        return
+    os.environ[SERVICE_CORE] = str(last)
+    os.sched_setaffinity(0, own)
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def service_cores() -> frozenset[int] | None:
+    """Those of the services; None where there is only one for all."""
+    core = os.environ.get(SERVICE_CORE)
+    return None if core is None else frozenset({int(core)})
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -203,10 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         block_size=32,
         max_model_len=512,
     )
-    engine_cores, service_cores = split_cores()
-    os.sched_setaffinity(0, engine_cores)
     with LiveEngine(config) as engine:
-        chaos = Chaos(engine, args.local_seconds, service_cores)
+        chaos = Chaos(engine, args.local_seconds, service_cores())
         print("| fault | noticed | service decided | served | throughput | back after |")
         print("|---|---|---|---|---|---|")
         outcomes = []
@@ -217,9 +232,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{chaos.traffic.asked} requests, {lost} lost")
     if len(outcomes) > 1:
         print(f"throughput over the local policy's: {spread([o.ratio for o in outcomes])}")
+        rates = [outcome.local_rate for outcome in outcomes]
+        print(f"tokens per second by the local policy: {min(rates):.0f} to {max(rates):.0f}")
         print(f"local before over local after: {spread([o.noise for o in outcomes])}")
     return int(lost > 0)
 
 
 if __name__ == "__main__":
+    begin_on_own_cores()
     sys.exit(main())

@@ -50,14 +50,15 @@ class Traffic:
         engine: Serves them.
         concurrency: Requests at once.
         prompt_tokens: Of each.
-        output_tokens: Of each.
+        output_tokens: Of each, on average: from a fifth to nine fifths of it, so that requests do
+            not end and begin in step.
     """
 
     def __init__(
         self,
         engine: LiveEngine,
         concurrency: int = 24,
-        prompt_tokens: int = 48,
+        prompt_tokens: int = 16,
         output_tokens: int = 40,
     ) -> None:
         self.asked = 0
@@ -66,7 +67,7 @@ class Traffic:
         self._concurrency = concurrency
         self._prompt_tokens = prompt_tokens
         self._output_tokens = output_tokens
-        self._open: dict[str, int] = {}
+        self._open: dict[str, int] = {}  # output tokens still to come
 
     def serve(self, until: Callable[[], bool]) -> Stretch:
         """Serves until told to stop; what is open by then goes on in the next stretch."""
@@ -91,17 +92,18 @@ class Traffic:
         number, self.asked = next(_NUMBERS), self.asked + 1
         name = f"r{number}"
         prompt = [FIRST_TOKEN + (number * 31 + i * 7) % TOKENS for i in range(self._prompt_tokens)]
-        self._engine.add_request(EngineRequest(name, prompt, self._output_tokens))
-        self._open[name] = 0
+        tokens = round(self._output_tokens * (0.2 + 1.6 * (number * 0.618 % 1.0)))
+        self._engine.add_request(EngineRequest(name, prompt, tokens))
+        self._open[name] = tokens
 
     def _step(self, stretch: Stretch) -> None:
         engine = self._engine
         step = engine.step()
         for name, count in step.new_tokens.items():
-            self._open[name] += count
+            self._open[name] -= count
             stretch.tokens += count
         for name in step.finished:
-            if self._open.pop(name) == self._output_tokens:
+            if self._open.pop(name) == 0:
                 self.served += 1
                 stretch.served += 1
         if engine.decision is not None:
