@@ -93,18 +93,33 @@ class LeaseSession:
         self._sent_at: dict[int, float] = {}
         self._last_sent = 0
         self._newest_answered = 0
+        self._owed: dict[int, float] = {}
+        self._lease_seconds = 0.0
 
     def sending(self, now: float) -> int:
         """Notes that a report goes out now; returns its number."""
         self._last_sent += 1
         self._sent_at[self._last_sent] = now
+        if not self._may_go_unanswered(now):
+            self._owed[self._last_sent] = now
         if len(self._sent_at) > _MOST_UNANSWERED:
-            self._sent_at.pop(next(iter(self._sent_at)))
+            oldest = next(iter(self._sent_at))
+            self._sent_at.pop(oldest)
+            self._owed.pop(oldest, None)
         return self._last_sent
 
     def unanswered_since(self) -> float | None:
-        """When the oldest report without an answer was sent; None where all are answered."""
-        return next(iter(list(self._sent_at.values())), None)
+        """When the oldest report was sent that an answer is still owed to; None without any."""
+        return next(iter(list(self._owed.values())), None)
+
+    def _may_go_unanswered(self, now: float) -> bool:
+        """Whether a lease of this stream runs for half its time or longer: see `Tune`."""
+        lease = self._holder.current
+        return (
+            self._lease_seconds > 0.0
+            and lease is not None
+            and lease.expires_at - now >= self._lease_seconds / 2
+        )
 
     def accept(self, offer: LeaseOffer, now: float) -> Refusal | None:
         """Puts an answer in force, or says why not.
@@ -121,6 +136,7 @@ class LeaseSession:
         expires_at = sent_at + min(offer.lease_seconds, self._holder.longest_seconds)
         if expires_at <= now:
             return Refusal.LATE
+        self._lease_seconds = offer.lease_seconds
         decision = Decision(offer.limits, Source.REMOTE, printable(offer.reason))
         self._holder.current = Lease(decision, sent_at, expires_at)
         return None
@@ -135,6 +151,7 @@ class LeaseSession:
         self._newest_answered = sequence
         for number in [n for n in list(self._sent_at) if n <= sequence]:
             self._sent_at.pop(number, None)
+            self._owed.pop(number, None)
         return (Refusal.STALE, 0.0) if sent_at is None else (None, sent_at)
 
     def _check(self, offer: LeaseOffer) -> Refusal | None:

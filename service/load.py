@@ -2,8 +2,9 @@
 
 Starts `batchpilot serve` as a process of its own and opens one connection and one stream for each
 engine, as a fleet does. Every engine reports at its own times, whether or not the last answer has
-come; a latency runs from the moment a report was due to the moment its lease was there, so that a
-slow answer also counts for the reports it held up. It holds what the load generator itself takes.
+come, and runs as many sequences as its lease says. The service leaves reports unanswered that would
+bring nothing new (see `Tune` in the contract); for the others a latency runs from the moment the
+report was due to the moment its lease was there. It holds what the load generator itself takes.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ import gc
 import json
 import math
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import grpc
 
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.cli import fast_loop
+from batchpilot.service.load_engine import LoadEngine, hello
+from batchpilot.service.load_stream import LoadStream
 from batchpilot.service.process_meter import ServiceProcess
 
 METHOD = "/batchpilot.v1.TunerService/Tune"
-LEASE_SECONDS = 2.0
 #: Streams opened at a time, so that opening them is not what is measured.
 OPENING_AT_ONCE = 50
 WELCOME_SECONDS = 30.0
+#: Steady reporting before what is measured.
+SETTLING_SECONDS = 5.0
 KNEE_SECONDS = 0.1
 KNEE_STEPS = (250, 500, 1000, 1500, 2000, 2500, 3000, 3500)
 
@@ -56,12 +58,14 @@ class Tally:
     """What the engines saw.
 
     Attributes:
-        latencies: Seconds from due to answered, of every report in the measured time.
-        expired: Answers that came when their lease was already over.
-        wrong: Answers without limits, or to another report.
-        errors: Streams that ended, by status code.
+        reports: Sent in the measured time.
+        latencies: Seconds from due to answered, of each of them that was answered.
+        expired: Times that an engine was without a lease.
+        wrong: Answers without limits, or to no report.
+        errors: Streams that ended, by how.
     """
 
+    reports: int = 0
     latencies: list[float] = field(default_factory=list)
     expired: int = 0
     wrong: int = 0
@@ -74,12 +78,13 @@ class LoadResult:
 
     Attributes:
         load: What was asked for.
-        reports: Reports answered.
-        reports_per_second: Answered, over the measured time.
+        reports: Reports sent.
+        reports_per_second: Sent, over the measured time.
+        answered: Share of the reports that were answered, 0 to 1.
         p50_ms: Median latency.
         p99_ms: Its 99th percentile.
         worst_ms: The longest.
-        expired: Leases that were over when they came.
+        expired: Times that an engine was without a lease.
         errors: Streams that ended, and answers that were wrong.
         service_cpu_percent: Of one core.
         generator_cpu_percent: Of one core.
@@ -89,6 +94,7 @@ class LoadResult:
     load: Load
     reports: int
     reports_per_second: float
+    answered: float
     p50_ms: float
     p99_ms: float
     worst_ms: float
@@ -99,159 +105,163 @@ class LoadResult:
     service_rss_mib: float
 
 
-def hello(number: int) -> pb.TuneRequest:
-    """An engine's first words: a 70B model's figures."""
-    return pb.TuneRequest(
-        hello=pb.EngineHello(
-            id=pb.EngineId(group=f"group-{number % 4}", engine=f"engine-{number}"),
-            facts=pb.EngineFacts(
-                startup_limits=pb.BatchLimits(max_num_seqs=256, max_num_batched_tokens=8192),
-                total_blocks=20_000,
-                block_size=16,
-                tokens_per_decode=1,
-            ),
-            model_name="load",
-            vllm_version="0.32.0",
-            batchpilot_version="load",
-            itl_slo_ms=50.0,
-            min_num_seqs=1,
-            min_prefill_chunk=64,
-        )
-    )
+class Engine:
+    """One engine's stream: reports at even times of its own, and follows the leases that come.
 
+    Args:
+        number: Which engine.
+        fleet: Whose.
+    """
 
-def report(number: int, sequence: int, interval: float) -> pb.TuneRequest:
-    """A busy engine's window; engines and windows differ a little."""
-    running = 96 + (number * 7 + sequence * 5) % 128
-    steps = max(1, round(interval / 0.03))
-    decoded = steps * running
-    return pb.TuneRequest(
-        report=pb.Report(
-            sequence=sequence,
-            window=pb.TelemetryWindow(
-                seconds=interval,
-                steps=steps,
-                busy_seconds=interval,
-                slowest_step_seconds=0.045,
-                decode_tokens=decoded,
-                decode_seconds=decoded * 0.03,
-                prefill_tokens=1500,
-                running_seconds=running * interval,
-                kv_token_seconds=running * 1200 * interval,
-                peak_running=running + 3,
-                peak_kv_tokens=running * 1250,
-                arrived=2,
-                arrived_prompt_tokens=1600,
-                finished=2,
-                finished_output_tokens=500,
-                seqs_bound_steps=steps // 2,
-                running=running,
-                waiting=12,
-                prefill_seqs=2,
-                used_blocks=running * 75,
-                limits=pb.BatchLimits(max_num_seqs=224, max_num_batched_tokens=8192),
-            ),
-            source="remote",
-            binding=pb.BINDING_MAX_NUM_SEQS,
-            lease_remaining_ms=1700,
-            local_limits=pb.BatchLimits(max_num_seqs=200, max_num_batched_tokens=8192),
-        )
-    )
+    def __init__(self, number: int, fleet: Fleet) -> None:
+        """Opens nothing yet."""
+        self._fleet = fleet
+        self._interval = 1.0 / fleet.load.reports_per_second
+        self._number = number
+        self._engine = LoadEngine(number, self._interval)
+        self._loop = asyncio.get_running_loop()
+        self._stream = LoadStream(fleet.target, METHOD, self._heard, self._ended)
+        self._welcome: asyncio.Future[None] = self._loop.create_future()
+        self._sequence = 0
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._sent: deque[tuple[int, float]] = deque()  # reports that an answer may name, when due
+        self._expires_at = math.inf  # of the lease in force; none is awaited before the first
+
+    async def open(self) -> None:
+        """Connects, says hello and waits for the welcome, or for the end of the stream."""
+        host, _, port = self._fleet.target.rpartition(":")
+        try:
+            await self._loop.create_connection(lambda: self._stream, host, int(port))
+        except OSError as error:
+            self._ended(type(error).__name__)
+            return
+        self._stream.send(hello(self._number).SerializeToString())
+        async with asyncio.timeout(WELCOME_SECONDS):
+            await self._welcome
+
+    def start(self) -> None:
+        """Begins to report, at a moment of its own."""
+        if self._stream.is_open:
+            self._due = self._loop.time() + self._interval * ((self._number * 0.618) % 1.0)
+            self._timer = self._loop.call_at(self._due, self._report)
+
+    def close(self) -> None:
+        """Hangs up; a lease that is over by then was dropped."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._look_at_lease(self._loop.time())
+        self._stream.close()
+
+    def _report(self) -> None:
+        now = self._loop.time()
+        self._sequence += 1
+        self._sent.append((self._sequence, self._due))
+        remaining = self._expires_at - now if self._expires_at < math.inf else 0.0
+        self._stream.send(self._engine.report(self._sequence, remaining).SerializeToString())
+        self._fleet.note_report(self._due)
+        self._due += self._interval
+        self._timer = self._loop.call_at(self._due, self._report)
+
+    def _heard(self, message: bytes) -> None:
+        now, response = self._loop.time(), pb.TuneResponse.FromString(message)
+        if response.HasField("welcome"):
+            if not self._welcome.done():
+                self._welcome.set_result(None)
+            return
+        lease, sent = response.lease, self._sent
+        while sent and sent[0][0] < lease.sequence:  # went without an answer
+            sent.popleft()
+        if not sent or sent[0][0] != lease.sequence or not lease.limits.max_num_seqs:
+            self._fleet.note_wrong()
+            return
+        _, due = sent.popleft()
+        self._look_at_lease(now)
+        self._expires_at = due + lease.lease_ms / 1e3
+        self._engine.apply(lease.limits)
+        self._fleet.note_answer(due, now)
+
+    def _look_at_lease(self, now: float) -> None:
+        if now >= self._expires_at:
+            self._fleet.note_expired(now)
+
+    def _ended(self, why: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._welcome.done():
+            self._welcome.set_result(None)
+        self._fleet.note_end(why)
 
 
 class Fleet:
     """Engines that report to one address.
 
     Args:
-        target: The service's address.
+        target: The service's address, `HOST:PORT`.
         load: How many, and how often.
     """
 
     def __init__(self, target: str, load: Load) -> None:
         """Opens nothing yet."""
-        self._target = target
-        self._load = load
-        self._opening = asyncio.Semaphore(OPENING_AT_ONCE)
-        self._arrived = 0
-        self._all_open = asyncio.Event()
+        self.target = target
+        self.load = load
+        self.tally = Tally()
         self._begins_at = math.inf
         self._ends_at = math.inf
-        self.tally = Tally()
 
     async def run(self, service: ServiceProcess) -> LoadResult:
         """Opens every stream, then measures."""
-        loop, load = asyncio.get_running_loop(), self._load
-        engines = [asyncio.create_task(self._engine(number)) for number in range(load.engines)]
-        await asyncio.wait_for(self._all_open.wait(), WELCOME_SECONDS + load.engines / 20)
+        loop, load = asyncio.get_running_loop(), self.load
+        engines = [Engine(number, self) for number in range(load.engines)]
+        await self._open(engines)
         # What stands stays: searching it for garbage would hold up every engine at once.
         gc.collect()
         gc.freeze()
-        self._begins_at = loop.time() + 2.0  # a moment of steady reporting first
+        for engine in engines:
+            engine.start()
+        self._begins_at = loop.time() + SETTLING_SECONDS
         self._ends_at = self._begins_at + load.seconds
         await asyncio.sleep(self._begins_at - loop.time())
         before = service.cpu_seconds(), ServiceProcess.own_cpu_seconds()
         await asyncio.sleep(load.seconds)
         after = service.cpu_seconds(), ServiceProcess.own_cpu_seconds()
-        await asyncio.wait(engines, timeout=LEASE_SECONDS + 1.0)
-        missing = sum(not task.done() for task in engines)
-        for task in engines:
-            task.cancel()
-        await asyncio.gather(*engines, return_exceptions=True)
-        if missing:
-            self.tally.errors["NO_ANSWER"] = missing
+        for engine in engines:
+            engine.close()
         busy = tuple((b - a) / load.seconds * 100 for a, b in zip(before, after, strict=True))
         return _result(load, self.tally, busy, service.peak_rss_mib())
 
-    async def _engine(self, number: int) -> None:
-        # The pool is its own, so that each engine has its own connection.
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(self._target, options=options) as channel:
-            tune = channel.stream_stream(
-                METHOD,
-                request_serializer=pb.TuneRequest.SerializeToString,
-                response_deserializer=pb.TuneResponse.FromString,
-            )
-            try:
-                async with self._opening:
-                    call = tune()
-                    await call.write(hello(number))
-                    await call.read()
-                self._arrive()
-                await self._report(call, number)
-                call.cancel()
-            except grpc.aio.AioRpcError as error:
-                code = error.code().name
-                self.tally.errors[code] = self.tally.errors.get(code, 0) + 1
-                self._arrive()  # once more, if it had: what matters is that none is waited for
+    async def _open(self, engines: Sequence[Engine]) -> None:
+        opening = asyncio.Semaphore(OPENING_AT_ONCE)
 
-    def _arrive(self) -> None:
-        self._arrived += 1
-        if self._arrived >= self._load.engines:
-            self._all_open.set()
+        async def open_one(engine: Engine) -> None:
+            async with opening:
+                try:
+                    await engine.open()
+                except TimeoutError:
+                    self.note_end("NO_WELCOME")
 
-    async def _report(self, call: Any, number: int) -> None:
-        """Reports at even times, each engine's own, to the end of the measurement."""
-        loop, interval = asyncio.get_running_loop(), 1.0 / self._load.reports_per_second
-        due = loop.time() + interval * ((number * 0.618) % 1.0)
-        sequence, request = 0, report(number, 1, interval)
-        while due < self._ends_at:
-            await asyncio.sleep(due - loop.time())
-            sequence += 1
-            request.report.sequence = sequence
-            await call.write(request)
-            answer = await call.read()
-            self._note(answer, sequence, due, loop.time())
-            due += interval
+        await asyncio.gather(*(open_one(engine) for engine in engines))
 
-    def _note(self, answer: Any, sequence: int, due: float, now: float) -> None:
-        if due < self._begins_at:
-            return
-        self.tally.latencies.append(now - due)
-        lease = answer.lease if answer is not grpc.aio.EOF else pb.LimitsLease()
-        if lease.sequence != sequence or not lease.limits.max_num_seqs:
-            self.tally.wrong += 1
-        if now - due > LEASE_SECONDS:
-            self.tally.expired += 1
+    def note_report(self, due: float) -> None:
+        """A report was sent."""
+        self.tally.reports += self._begins_at <= due < self._ends_at
+
+    def note_answer(self, due: float, now: float) -> None:
+        """A lease was there."""
+        if self._begins_at <= due < self._ends_at:
+            self.tally.latencies.append(now - due)
+
+    def note_expired(self, now: float) -> None:
+        """An engine was without a lease for a while."""
+        self.tally.expired += now >= self._begins_at
+
+    def note_wrong(self) -> None:
+        """An answer made no sense."""
+        self.tally.wrong += 1
+
+    def note_end(self, why: str) -> None:
+        """A stream ended."""
+        self.tally.errors[why] = self.tally.errors.get(why, 0) + 1
 
 
 def _result(load: Load, tally: Tally, busy: Sequence[float], rss_mib: float) -> LoadResult:
@@ -262,8 +272,9 @@ def _result(load: Load, tally: Tally, busy: Sequence[float], rss_mib: float) -> 
 
     return LoadResult(
         load=load,
-        reports=len(tally.latencies),
-        reports_per_second=len(tally.latencies) / load.seconds,
+        reports=tally.reports,
+        reports_per_second=tally.reports / load.seconds,
+        answered=len(tally.latencies) / max(1, tally.reports),
         p50_ms=quantile(0.5),
         p99_ms=quantile(0.99),
         worst_ms=1e3 * latencies[-1],
@@ -302,6 +313,7 @@ def find_knee(load: Load, steps: Sequence[int] = KNEE_STEPS) -> list[LoadResult]
 COLUMNS = (
     ("engines", lambda r: r.load.engines),
     ("reports/s", lambda r: f"{r.reports_per_second:.0f}"),
+    ("answered %", lambda r: f"{100 * r.answered:.0f}"),
     ("p50 ms", lambda r: f"{r.p50_ms:.1f}"),
     ("p99 ms", lambda r: f"{r.p99_ms:.1f}"),
     ("worst ms", lambda r: f"{r.worst_ms:.0f}"),

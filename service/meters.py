@@ -41,8 +41,8 @@ class Meters:
     """Totals of one service.
 
     Attributes:
-        decisions: Leases made, by group.
-        latency: Time from a report to its lease, in the service's own code.
+        leases: Leases sent, by group.
+        latency: Time from a report to its decision, in the service's own code.
         clamps: Decisions that the service's shield changed, by group and reason.
         policy_failures: Policies taken out of use for an engine, by group.
         errors: Calls that ended with an error, by method and status code.
@@ -54,7 +54,7 @@ class Meters:
 
     def __init__(self) -> None:
         """Starts at nothing."""
-        self.decisions: Counter[str] = Counter()
+        self.leases: Counter[str] = Counter()
         self.latency = Histogram()
         self.clamps: Counter[tuple[str, str]] = Counter()
         self.policy_failures: Counter[str] = Counter()
@@ -66,13 +66,15 @@ class Meters:
         self._groups: set[str] = set()
         self._log_bucket = TokenBucket(LOGGED_PER_SECOND, LOGGED_AT_ONCE, time.monotonic())
 
-    def decided(self, group: str, clamp: Clamp, seconds: float) -> None:
+    def leased(self, group: str) -> None:
         """Counts a lease."""
-        group = self._label(group)
-        self.decisions[group] += 1
+        self.leases[self._label(group)] += 1
+
+    def decided(self, group: str, clamp: Clamp, seconds: float) -> None:
+        """Counts a decision, whether or not the engine has to hear of it."""
         self.latency.add(seconds)
         if clamp is not Clamp.NONE:
-            self.clamps[group, clamp.value] += 1
+            self.clamps[self._label(group), clamp.value] += 1
 
     def refused(self, method: str, code: str, reason: str) -> bool:
         """Counts a call that ended with an error; returns whether it is worth a line in the log.

@@ -138,7 +138,7 @@ def _totals(meters: Meters) -> Iterator[Any]:
     info = GaugeMetricFamily(f"{PREFIX}info", "always 1", labels=("version",))
     info.add_metric((__version__,), 1)
     yield info
-    yield _counter("leases", "leases made", ("group",), meters.decisions)
+    yield _counter("leases", "leases sent", ("group",), meters.leases)
     yield _counter(
         "clamps", "decisions that the shield changed", ("group", "reason"), meters.clamps
     )
@@ -157,7 +157,9 @@ def _totals(meters: Meters) -> Iterator[Any]:
         meters.verdicts,
     )
     yield _counter("reloads", "files read again", ("result",), meters.reloads)
-    yield _histogram("decision_seconds", "from a report that was read to its lease", meters.latency)
+    yield _histogram(
+        "decision_seconds", "from a report that was read to its decision", meters.latency
+    )
 
 
 def _groups(sessions: list[Session]) -> Iterator[Any]:

@@ -25,12 +25,20 @@ class ServiceProcess:
         policy: What it decides by.
         arguments: Further ones of `batchpilot serve`.
         port: Where it listens; a free one when left out.
+        cores: Those it runs on; any when left out.
     """
 
-    def __init__(self, policy: str, *arguments: str, port: int | None = None) -> None:
+    def __init__(
+        self,
+        policy: str,
+        *arguments: str,
+        port: int | None = None,
+        cores: frozenset[int] | None = None,
+    ) -> None:
         """Chooses a port; starts nothing yet."""
         self.port = port or free_port()
         self.target = f"127.0.0.1:{self.port}"
+        self._cores = cores
         self._arguments = ("--bind", self.target, "--policy", policy, *arguments)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
         self.process: subprocess.Popen[bytes] | None = None
@@ -56,6 +64,8 @@ class ServiceProcess:
         """
         command = [sys.executable, "-m", "batchpilot", "serve", *self._arguments]
         self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
+        if self._cores is not None:
+            os.sched_setaffinity(self.process.pid, self._cores)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             with socket.socket() as probe:

@@ -20,7 +20,7 @@ from batchpilot.agents.registry import PolicyRegistry
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.access import Caller, Role
 from batchpilot.service.groups import Groups
-from batchpilot.service.load import hello, report
+from batchpilot.service.load_engine import LoadEngine, hello
 from batchpilot.service.make_example_policy import write_example
 from batchpilot.service.meters import Meters
 from batchpilot.service.policy_source import PolicySource
@@ -87,7 +87,7 @@ def messages(detail: int, count: int) -> list[bytes]:
         prefill_tokens_left=[PROMPT_TOKENS] * WAITING,
     )
     for sequence in range(1, count + 1):
-        message = report(0, sequence, INTERVAL_SECONDS)
+        message = LoadEngine(0, INTERVAL_SECONDS).report(sequence)
         steps = [engine.step() for _ in range(STEPS)]
         window = message.report.window
         window.steps, window.running, window.waiting = STEPS, RUNNING, WAITING

@@ -51,6 +51,7 @@ class Session:
         report: The newest one; None before the first.
         reported_at: When it came, in monotonic seconds; the start before the first.
         lease: The newest one sent.
+        leased_at: When the report came that it answers, in monotonic seconds.
         clamp: Why its limits differ from what the policy wanted.
         desired: What the policy wanted, before the shield.
         recorded: Whether its reports go to the experience log; None before the first.
@@ -75,6 +76,7 @@ class Session:
     sequence: int = 0
     report: pb.Report | None = None
     lease: pb.LimitsLease | None = None
+    leased_at: float = 0.0
     clamp: Clamp = Clamp.NONE
     desired: BatchLimits | None = None
     recorded: bool | None = None

@@ -38,6 +38,7 @@ def engine_status(session: Session, now: float) -> pb.EngineStatus:
         status.source = report.source
     if session.lease is not None:
         status.lease.CopyFrom(session.lease)
+        status.lease_age_ms = round((now - session.leased_at) * 1000)
     return status
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import time
 
+from batchpilot.agents.limits import BatchLimits
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.shield import SafetyBounds
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.canaries import Canaries
-from batchpilot.service.decider import Decider
+from batchpilot.service.decider import Decider, ShieldedDecision
 from batchpilot.service.groups import Groups, PolicyChoice
 from batchpilot.service.meters import Meters
 from batchpilot.service.policy_source import PolicySource
@@ -70,8 +71,20 @@ class Steering:
             policy=choice.policy,
         )
 
-    def answer(self, session: Session, report: pb.Report) -> pb.LimitsLease | None:
-        """The lease that answers a report; None while the session has no working policy."""
+    def answer(
+        self, session: Session, report: pb.Report, *, always: bool = False
+    ) -> pb.LimitsLease | None:
+        """Decides on a report, and makes the lease that answers it.
+
+        Args:
+            session: Whose.
+            report: What it is decided on.
+            always: Answer also where the engine need not hear of it.
+
+        Returns:
+            None while the session has no working policy, and where the lease in force says the same
+            and runs on for long enough.
+        """
         decider, choice = session.decider, session.choice
         if decider is None or choice is None:
             return None
@@ -82,22 +95,14 @@ class Steering:
             logger.exception("policy %s fails for %s", choice.policy, session.key)
             self._give_up(session, "it raised an exception; see the service's log")
             return None
-        decision, limits, clamp = decided
-        lease = pb.LimitsLease(
-            sequence=report.sequence,
-            limits=pb.BatchLimits(
-                max_num_seqs=limits.max_num_seqs,
-                max_num_batched_tokens=limits.max_num_batched_tokens,
-            ),
-            lease_ms=choice.settings.lease_ms,
-            source=decision.source,
-            reason=decision.reason,
-            policy=choice.policy,
-        )
-        session.lease = lease
-        session.desired = decision.limits
-        session.clamp = clamp
-        self._meters.decided(session.key.group, clamp, time.perf_counter() - started)
+        session.desired = decided.decision.limits
+        session.clamp = decided.clamp
+        lease = None
+        if always or not _goes_without_saying(session, report, choice, decided.limits):
+            lease = session.lease = _lease(report, choice, decided)
+            session.leased_at = session.reported_at
+            self._meters.leased(session.key.group)
+        self._meters.decided(session.key.group, decided.clamp, time.perf_counter() - started)
         if self._canaries is not None:
             self._canaries.observe(session, report)
         if self._recorder is not None:
@@ -115,6 +120,41 @@ class Steering:
         if self._canaries is not None:
             self._canaries.failed(session)
         logger.error("%s goes on with its local policy: %s", session.key, problem)
+
+
+def _goes_without_saying(
+    session: Session, report: pb.Report, choice: PolicyChoice, limits: BatchLimits
+) -> bool:
+    """Whether the newest lease says the same and outlasts the next report by half its time.
+
+    An answer that is left out costs nothing: the next one has half a lease left to come in. What
+    the engine says of its lease and its interval counts: it may have cut either to its own bounds.
+    """
+    lease, settings = session.lease, choice.settings
+    interval_ms = max(settings.report_interval_ms, 1000 * report.window.seconds)
+    return (
+        lease is not None
+        and report.lease_remaining_ms >= lease.lease_ms / 2 + interval_ms
+        and lease.limits.max_num_seqs == limits.max_num_seqs
+        and lease.limits.max_num_batched_tokens == limits.max_num_batched_tokens
+        and lease.lease_ms == settings.lease_ms
+        and lease.policy == choice.policy
+    )
+
+
+def _lease(report: pb.Report, choice: PolicyChoice, decided: ShieldedDecision) -> pb.LimitsLease:
+    decision, limits, _ = decided
+    return pb.LimitsLease(
+        sequence=report.sequence,
+        limits=pb.BatchLimits(
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+        ),
+        lease_ms=choice.settings.lease_ms,
+        source=decision.source,
+        reason=decision.reason,
+        policy=choice.policy,
+    )
 
 
 def _targets(session: Session, choice: PolicyChoice) -> dict[str, float | None]:

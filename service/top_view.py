@@ -111,11 +111,16 @@ def _row(key: EngineKey, status: pb.EngineStatus, since: float) -> Row:
         binding=BINDINGS[status.binding] if status.binding < len(BINDINGS) else "unknown",
         source=status.source,
         policy=status.lease.policy if leased else "",
-        lease_seconds=max(0.0, status.lease.lease_ms / 1e3 - age) if leased else None,
+        lease_seconds=_lease_seconds(status, since) if leased else None,
         report_seconds=age,
         canary=status.canary,
         problem=status.problem,
     )
+
+
+def _lease_seconds(status: pb.EngineStatus, since: float) -> float:
+    """How much longer the newest lease runs at most."""
+    return max(0.0, (status.lease.lease_ms - status.lease_age_ms) / 1e3 - since)
 
 
 #: What the key `s` goes through.

@@ -198,7 +198,7 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
         self._accept(session, request.report)
         if self._steering.is_outdated(session):
             self._steering.welcome(session)
-        return self._steering.answer(session, request.report)
+        return self._steering.answer(session, request.report, always=True)
 
     def _open_without_stream(
         self, caller: Caller, key: EngineKey, request: pb.GetLimitsRequest

@@ -31,6 +31,8 @@ from batchpilot.service.process_meter import ServiceProcess
 
 #: The experience log is written so often.
 FLUSH_SECONDS = 2.5
+#: How long a fault is held at most until the engine has noticed it.
+SIGN_SECONDS = 20.0
 #: What -1 becomes on the wire.
 MINUS = 2**32 - 1
 
@@ -40,8 +42,9 @@ class Scale:
     """How the faults are sized.
 
     Attributes:
-        local: The engine's local policy, and the service's.
-        hold_seconds: How long each fault lasts.
+        local: The engine's local policy.
+        served: The service's; empty for the same.
+        hold_seconds: How long each fault lasts, at least.
         restart_seconds: How often the service restarts, where it does.
         delay_seconds: Added to every byte, where it is.
         lease_seconds: The engine's longest lease.
@@ -49,6 +52,7 @@ class Scale:
     """
 
     local: str = "static:max_num_seqs=24"
+    served: str = ""
     hold_seconds: float = 0.8
     restart_seconds: float = 0.5
     delay_seconds: float = 2.0
@@ -68,6 +72,10 @@ class World:
         service: A real service process; None where a double stands in.
         servers: Doubles that were opened.
         authority: Has signed the good certificates; None without TLS.
+        is_local: Whether the engine's newest step was decided by its local policy; where nobody
+            watches the engine, it is taken to be.
+        signs: Of the fault that strikes now; see `Fault`.
+        service_cores: Those that service processes run on; None for any.
     """
 
     scale: Scale
@@ -77,10 +85,31 @@ class World:
     service: ServiceProcess | None = None
     servers: list[Server] = field(default_factory=list)
     authority: Authority | None = None
+    is_local: Callable[[], bool] = lambda: True
+    signs: frozenset[str] = frozenset()
+    service_cores: frozenset[int] | None = None
+
+    def hold(self, *, until_local: bool = False) -> None:
+        """Lets a fault last until the client has noticed it.
+
+        A busy machine takes longer to get so far: that is no reason to heal a fault before.
+
+        Args:
+            until_local: And until the local policy has decided a step.
+        """
+        time.sleep(self.scale.hold_seconds)
+        gives_up_at = time.monotonic() + SIGN_SECONDS
+        while (self.signs and not self.signs & self.stats_seen()) or (
+            until_local and not self.is_local()
+        ):
+            assert time.monotonic() < gives_up_at, self.why()
+            time.sleep(0.005)
 
     def serve(self, *arguments: str, policy: str | None = None) -> ServiceProcess:
         """Puts a real service behind the proxy."""
-        self.service = ServiceProcess(policy or self.scale.local, *arguments)
+        self.service = ServiceProcess(
+            policy or self.scale.served or self.scale.local, *arguments, cores=self.service_cores
+        )
         self.service.start()
         self.proxy.upstream = self.service.port
         return self.service
@@ -158,12 +187,14 @@ class Fault:
         strike: Does it, holds it, and heals it.
         signs: What the client must have counted, one of them at least: status codes of streams
             that ended, or why answers were refused. Without any, the fault must leave no trace.
+        goes_local: Whether no lease can come while it lasts, so that the local policy decides.
     """
 
     name: str
     prepare: Callable[[World], dict[str, Any]]
     strike: Callable[[World], None]
     signs: frozenset[str]
+    goes_local: bool = True
 
     def has_struck(self, link: RemoteLink) -> bool:
         """Whether the client noticed what it should have."""
@@ -194,13 +225,13 @@ def with_double(world: World) -> dict[str, Any]:
 
 def killed(world: World) -> None:
     world.service.kill()
-    time.sleep(world.scale.hold_seconds)
+    world.hold(until_local=True)
     world.service.start()
 
 
 def stopped(world: World) -> None:
     world.service.signal(signal.SIGSTOP)
-    time.sleep(world.scale.hold_seconds)
+    world.hold(until_local=True)
     world.service.signal(signal.SIGCONT)
 
 
@@ -214,25 +245,25 @@ def restarted(world: World) -> None:
 
 def cut(world: World) -> None:
     world.proxy.cut()
-    time.sleep(world.scale.hold_seconds)
+    world.hold(until_local=True)
     world.proxy.heal()
 
 
 def frozen(world: World) -> None:
     world.proxy.is_frozen = True
-    time.sleep(world.scale.hold_seconds)
+    world.hold(until_local=True)
     world.proxy.heal()
 
 
 def delayed(world: World) -> None:
     world.proxy.delay_seconds = world.scale.delay_seconds
-    time.sleep(world.scale.hold_seconds)
+    world.hold(until_local=True)
     world.proxy.heal()
 
 
 def garbled(world: World) -> None:
     world.proxy.garbles = True
-    time.sleep(world.scale.hold_seconds)
+    world.hold(until_local=True)
     world.proxy.heal()
     world.proxy.drop()
 
@@ -262,21 +293,30 @@ def disk_full(world: World) -> None:
         time.sleep(0.05)
 
 
-def answers(answer: Callable[[wire.Report], Any]) -> Callable[[World], None]:
+def answers(
+    answer: Callable[[wire.Report], Any], *, until_local: bool = True
+) -> Callable[[World], None]:
     """Another service takes over for a while, and what it says makes no sense."""
 
     def strike(world: World) -> None:
         before = world.proxy.upstream
         world.stand_in(world.bad_double(answer))
-        time.sleep(world.scale.hold_seconds)
+        world.hold(until_local=until_local)
         world.proxy.upstream = before
         world.proxy.drop()
 
     return strike
 
 
+def late_and_early(world: World) -> None:
+    """Another service takes over that answers in the wrong order; some answers are good."""
+    good = world.scale.good
+    in_disorder = out_of_order((good.max_num_seqs, good.max_num_batched_tokens))
+    answers(in_disorder, until_local=False)(world)
+
+
 def out_of_order(
-    seqs_and_tokens: tuple[int, int] = (24, 2048),
+    seqs_and_tokens: tuple[int, int],
 ) -> Callable[[wire.Report], Iterator[wire.TuneResponse]]:
     """Answers four reports at once, the newest first and the older ones with other limits."""
     held: list[wire.Report] = []
@@ -312,7 +352,7 @@ def no_messages(world: World) -> None:
     before, world.proxy.upstream = world.proxy.upstream, server.add_insecure_port("localhost:0")
     server.start()
     world.proxy.drop()
-    time.sleep(world.scale.hold_seconds)
+    world.hold(until_local=True)
     world.proxy.upstream = before
     server.stop(0).wait()
 
@@ -343,7 +383,7 @@ def certificate(kind: str) -> Callable[[World], None]:
         authority = world.authority if kind == "expired" else Authority(world.folder / "wrong")
         credentials = authority.server_credentials(kind, days=-1 if kind == "expired" else 1)
         world.stand_in(world.good_double(), credentials)
-        time.sleep(world.scale.hold_seconds)
+        world.hold(until_local=True)
         world.proxy.upstream = before
         world.proxy.drop()
 
@@ -354,14 +394,15 @@ def wrong_token(world: World) -> None:
     token = world.folder / "token"
     token.write_text("wrong")
     world.proxy.drop()
-    time.sleep(world.scale.hold_seconds)
+    world.hold(until_local=True)
     token.write_text("good")
 
 
 def conflicting(world: World) -> None:
     """The engine is thrown from one service to another that says something else, and back."""
-    ports = [world.proxy.upstream]
-    world.stand_in(world.bad_double(lambda report: [lease(report, 23, 2048)]))
+    ports, good = [world.proxy.upstream], world.scale.good
+    others = (good.max_num_seqs - 1, good.max_num_batched_tokens)
+    world.stand_in(world.bad_double(lambda report: [lease(report, *others)]))
     ports.append(world.proxy.upstream)
     ends_at = time.monotonic() + world.scale.hold_seconds
     turn = 0
@@ -375,8 +416,6 @@ def conflicting(world: World) -> None:
 
 
 WITHOUT_LEASE = frozenset({"SILENT", "no_limits"})
-#: How long a fault is held at most until the engine has noticed it.
-SIGN_SECONDS = 20.0
 
 
 def without_policy(world: World) -> None:
@@ -384,10 +423,7 @@ def without_policy(world: World) -> None:
     before, good = world.proxy.upstream, world.service
     bad = world.serve(policy="sla")
     world.proxy.drop()
-    time.sleep(world.scale.hold_seconds)
-    gives_up_at = time.monotonic() + SIGN_SECONDS
-    while not WITHOUT_LEASE.intersection(world.stats_seen()) and time.monotonic() < gives_up_at:
-        time.sleep(0.02)  # a busy machine takes longer to reach the second service
+    world.hold(until_local=True)
     world.service, world.proxy.upstream = good, before
     bad.kill()
     world.proxy.drop()
@@ -403,7 +439,7 @@ BAD_RANGE = signs("out_of_range")
 FAULTS = (
     Fault("killed with -9, started again", with_service(), killed, signs("UNAVAILABLE")),
     Fault("stopped with SIGSTOP", with_service(), stopped, signs("SILENT")),
-    Fault("restarted again and again", with_service(), restarted, signs("UNAVAILABLE")),
+    Fault("restarted again and again", with_service(), restarted, signs("UNAVAILABLE"), False),
     Fault("network cut and healed", with_service(), cut, signs("UNAVAILABLE")),
     Fault("network silent and healed", with_service(), frozen, signs("SILENT")),
     Fault("answers delayed", with_service(), delayed, signs("SILENT late")),
@@ -418,13 +454,13 @@ FAULTS = (
         answers(lambda r: [lease(r, 1, 64, sequence=r.sequence + 7)]),
         signs("unknown_report"),
     ),
-    Fault("stale limits, out of order", with_double, answers(out_of_order()), signs("stale")),
+    Fault("stale limits, out of order", with_double, late_and_early, signs("stale"), False),
     Fault("wrong certificate", with_certificates, certificate("wrong"), signs("UNAVAILABLE")),
     Fault("expired certificate", with_certificates, certificate("expired"), signs("UNAVAILABLE")),
     Fault("wrong token", with_certificates, wrong_token, signs("UNAUTHENTICATED")),
-    Fault("disk full under the experience log", with_experience, disk_full, signs("")),
-    Fault("the clock steps", with_double, clock_steps, signs("")),
-    Fault("two services in conflict", with_double, conflicting, signs("UNAVAILABLE")),
+    Fault("disk full under the experience log", with_experience, disk_full, signs(""), False),
+    Fault("the clock steps", with_double, clock_steps, signs(""), False),
+    Fault("two services in conflict", with_double, conflicting, signs("UNAVAILABLE"), False),
     Fault("service without a policy", with_service(), without_policy, WITHOUT_LEASE),
 )
 
@@ -461,6 +497,7 @@ class FaultLog:
         try:
             self._await_leases(0.0)
             self.struck_at = time.monotonic()
+            self.world.signs = self.fault.signs
             self.fault.strike(self.world)
             self.healed_at = time.monotonic()
             self._await_leases(self.healed_at)

@@ -32,7 +32,7 @@ from batchpilot.protos.batchpilot.v1 import tuner_pb2 as wire
 from batchpilot.scheduler_hook.remote_link import EngineIdentity, hello, remote_link
 from batchpilot.scheduler_hook.settings import HookSettings
 from batchpilot.scheduler_hook.tuner_session import TunerSession
-from batchpilot.service.load import report as busy_report
+from batchpilot.service.load_engine import LoadEngine
 from batchpilot.service.refusals import RefusalError
 from batchpilot.service.server import Service
 from batchpilot.service.settings import LimitSettings, ServiceSettings
@@ -245,9 +245,9 @@ async def _fuzz_requests(messages: int, seed: int) -> Counter[str]:
         first = greeting.SerializeToString()
         if chance.random() < 0.3:
             first, fuzzed = mutated(greeting, chance), fuzzed + 1
-        reports = [busy_report(1, 1, 0.25).SerializeToString()]
+        reports = [LoadEngine(1, 0.25).report(1).SerializeToString()]
         for sequence in range(2, 5):
-            reports.append(mutated(busy_report(fuzzed, sequence, 0.25), chance))
+            reports.append(mutated(LoadEngine(fuzzed, 0.25).report(sequence), chance))
             fuzzed += 1
         await path.stream(first, reports, Caller("fuzzer", Role.ADMIN))
     return path.outcomes

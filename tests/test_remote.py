@@ -95,6 +95,39 @@ def test_the_oldest_report_without_an_answer_tells_how_long_the_service_is_silen
     assert stream.unanswered_since() is None
 
 
+def test_while_a_lease_runs_for_half_its_time_no_answer_is_owed():
+    stream = session()
+    stream.sending(0.0)
+    stream.accept(offer(sequence=1), now=0.1)  # runs until 2.0
+    for now in (0.25, 0.5, 1.0):
+        stream.sending(now)
+        assert stream.unanswered_since() is None
+    stream.sending(1.1)
+    assert stream.unanswered_since() == 1.1
+    stream.accept(offer(sequence=3), now=1.2)  # of 0.5: runs until 2.5
+    assert stream.unanswered_since() == 1.1
+    stream.accept(offer(sequence=5), now=1.2)
+    assert stream.unanswered_since() is None
+
+
+def test_another_streams_lease_owes_this_one_its_first_answer():
+    holder = LeaseHolder(STARTUP, 2.0)
+    first = holder.open_session()
+    first.sending(0.0)
+    first.accept(offer(), now=0.0)
+    second = holder.open_session()
+    second.sending(0.1)
+    assert second.unanswered_since() == 0.1
+
+
+def test_a_lease_that_the_engine_cut_short_never_runs_for_half_its_time():
+    stream = LeaseHolder(STARTUP, 0.5).open_session()
+    stream.sending(0.0)
+    stream.accept(offer(sequence=1), now=0.0)  # says 2 s
+    stream.sending(0.1)
+    assert stream.unanswered_since() == 0.1
+
+
 def test_a_session_that_is_never_answered_holds_no_more_than_it_must():
     stream = session()
     for number in range(5000):

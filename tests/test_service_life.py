@@ -218,14 +218,13 @@ def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
 
 
 def test_groups_that_engines_make_up_do_not_fill_the_page():
-    from batchpilot.agents.shield import Clamp
     from batchpilot.service.meters import MOST_GROUPS, Meters
 
     meters = Meters()
     for number in range(MOST_GROUPS + 50):
-        meters.decided(f"group-{number}", Clamp.NONE, 1e-4)
-    assert len(meters.decisions) == MOST_GROUPS + 1
-    assert meters.decisions["other"] == 50
+        meters.leased(f"group-{number}")
+    assert len(meters.leases) == MOST_GROUPS + 1
+    assert meters.leases["other"] == 50
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from batchpilot.agents.limits import BatchLimits, Decision, Source
 from batchpilot.agents.static import StaticParameters
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
+from batchpilot.service.wire import engine_key
 
 STATIC = {"policy": "static:max_num_seqs=32"}
 
@@ -52,6 +53,50 @@ def test_an_engine_is_welcomed_and_every_report_is_answered_in_order():
             await engine.call.done_writing()
             assert (await engine.status())[0] is grpc.StatusCode.OK
             assert len(service.sessions) == 0
+
+    run(test)
+
+
+def test_what_the_engine_knows_for_long_enough_is_not_said_again():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            engine = Engine(channel)
+            await engine.begin()
+            await engine.send(report=report(1, lease_remaining_ms=5000))  # another stream's lease
+            assert (await engine.call.read()).lease.sequence == 1
+            for sequence, remaining in ((2, 1750), (3, 1250)):
+                await engine.send(report=report(sequence, lease_remaining_ms=remaining))
+            assert (await engine.ask(4, lease_remaining_ms=1249)).sequence == 4
+            # The engine's own interval counts: the next report is as far away.
+            slow = {"seconds": 0.8, "busy_seconds": 0.8}
+            assert (await engine.ask(5, lease_remaining_ms=1750, window=slow)).sequence == 5
+            (session,) = service.sessions
+            assert (session.sequence, session.lease.sequence) == (5, 5)
+            assert (service.meters.leases["chat"], sum(service.meters.latency.counts)) == (3, 5)
+
+    run(test)
+
+
+def test_other_limits_are_said_at_once_however_long_the_lease_runs():
+    async def test():
+        policy = {"policy": "static:max_num_seqs=32"}
+        async with serving(default=policy) as service, channel_to(service) as channel:
+            engine = Engine(channel)
+            await engine.begin()
+            assert (await engine.ask(1)).limits.max_num_seqs == 50  # 50 run
+            few = {"running": 4}
+            lease = await engine.ask(2, lease_remaining_ms=1900, window=few)
+            assert (lease.sequence, lease.limits.max_num_seqs) == (2, 32)
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            (shown,) = (await stub.ListEngines(pb.ListEnginesRequest())).engines
+            assert shown.lease.sequence == 2
+            await engine.send(report=report(3, lease_remaining_ms=1900, window=few))
+            while service.sessions.get(engine_key(hello().id)).sequence < 3:
+                await asyncio.sleep(0.01)
+            for session in service.sessions:
+                session.leased_at -= 1.5
+            (shown,) = (await stub.ListEngines(pb.ListEnginesRequest())).engines
+            assert shown.lease_age_ms >= 1500 > shown.report_age_ms
 
     run(test)
 

@@ -103,6 +103,22 @@ def test_engines_of_a_killed_replica_move_to_the_other_before_their_leases_end(
     assert [engine.sources[Source.FALLBACK] for engine in fleet] == before
 
 
+def test_reports_that_bring_nothing_new_go_unanswered_and_the_lease_never_ends(
+    service_process, engines, tmp_path
+):
+    path = tmp_path / "service.yaml"
+    default = {"policy": "static", "lease_ms": 4000, "report_interval_ms": 100}
+    path.write_text(yaml.safe_dump({"default": default}))
+    _, address = service_process("--config", str(path))
+    engine = engines(address, "node-1", service_max_lease_seconds=4.0)
+    wait_until(lambda: limit(engine) == 256)
+    local, stats = engine.sources[Source.FALLBACK], engine._client.stats
+    wait_until(lambda: stats.leases["accepted"] == 4)  # one every two seconds
+    assert stats.reports_sent > 5 * stats.leases["accepted"]
+    assert engine.sources[Source.FALLBACK] == local
+    assert not stats.failures
+
+
 def test_the_hook_is_let_in_by_its_certificate_under_its_own_name_only(
     service_process, engines, tmp_path
 ):

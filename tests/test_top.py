@@ -10,7 +10,7 @@ from tuner_double import until
 from batchpilot.__main__ import main
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service import top
-from batchpilot.service.load import hello, report
+from batchpilot.service.load_engine import LoadEngine, hello
 from batchpilot.service.process_meter import ServiceProcess, free_port
 from batchpilot.service.top_view import ORDERS, Board, view
 
@@ -31,6 +31,7 @@ def status(name="a", *, waiting=4, age_ms=250, **more):
         "source": "remote",
         "lease": pb.LimitsLease(lease_ms=2000, policy="memory+sla"),
         "report_age_ms": age_ms,
+        "lease_age_ms": age_ms,
     }
     return pb.EngineStatus(**fields | more)
 
@@ -56,7 +57,7 @@ def text(rows, **more):
 
 
 def test_a_row_says_what_the_engine_reported_and_the_service_answered():
-    shown, clock = board(status())
+    shown, clock = board(status(lease_age_ms=750))  # the newest report went without an answer
     clock.now += 0.5
     (row,) = shown.rows()
     assert (row.engine, row.running, row.waiting) == ("chat/a/0", 10, 4)
@@ -64,7 +65,7 @@ def test_a_row_says_what_the_engine_reported_and_the_service_answered():
     assert (row.itl_ms, row.itl_slo_ms, row.tokens_per_second) == (30.0, 25.0, 1000.0)
     assert (row.max_num_seqs, row.binding, row.source) == (10, "max_num_seqs", "remote")
     assert row.report_seconds == 0.75
-    assert row.lease_seconds == 1.25
+    assert row.lease_seconds == 0.75
     clock.now += 60
     assert shown.rows()[0].lease_seconds == 0.0
 
@@ -128,7 +129,7 @@ def engine(service):
 
     outbox = queue.SimpleQueue()
     outbox.put(hello(3))
-    outbox.put(report(3, 1, 0.25))
+    outbox.put(LoadEngine(3, 0.25).report(1))
     with grpc.insecure_channel(service.target) as channel:
         call = TunerServiceStub(channel).Tune(iter(outbox.get, None))
         assert next(call).HasField("welcome")
@@ -141,7 +142,7 @@ def engine(service):
 def test_once_prints_the_engines_and_ends(service, engine, capsys):
     assert main(["top", "--target", service.target, "--once"]) == 0
     printed = capsys.readouterr().out
-    assert "1 engines, 122 running, 12 waiting" in printed
+    assert "1 engines, 117 running, 0 waiting" in printed
     assert "group-3/engine-3/0" in printed
 
 
@@ -150,8 +151,8 @@ def test_json_is_for_programs(service, engine, capsys):
     (row,) = json.loads(capsys.readouterr().out)["engines"]
     assert (row["engine"], row["running"], row["binding"]) == (
         "group-3/engine-3/0",
-        122,
-        "max_num_seqs",
+        117,
+        "none",
     )
     assert main(["top", "--target", service.target, "--once", "--json", "--group", "other"]) == 0
     assert json.loads(capsys.readouterr().out)["engines"] == []

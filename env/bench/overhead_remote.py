@@ -2,8 +2,10 @@
 
 The same saturated scheduler as in `batchpilot.env.bench.overhead`, steered by one policy: locally,
 then through a tuning service that lives, that is dead, and that is killed and started again all
-the time. Each is measured in turn, several rounds. Beside the time of our code in a step it prints
-whole steps per second: what the client's thread takes from the engine's would show there.
+the time. A service that starts again and again takes a core of this machine, so the local policy is
+also measured beside one that it does not follow. Each is measured in turn, several rounds. Beside
+the time of our code in a step it prints whole steps per second: what the client's thread takes from
+the engine's would show there.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from rich.table import Table
 
 from batchpilot.env.bench.overhead import SaturatedScheduler
 
-CASES = ("local", "alive", "dead", "flapping")
+CASES = ("local", "alive", "dead", "flapping", "beside")
+NAMES = {"local": "none (local)", "beside": "flapping, not followed (local)"}
 FLAP_SECONDS = 0.5
 START_SECONDS = 30.0
 LEASE_SECONDS = 15.0
@@ -52,7 +55,7 @@ class Case:
 def service(case: str, policy: str) -> Iterator[str]:
     """The service of one case; yields its address."""
     target = f"127.0.0.1:{_free_port()}"
-    if case not in ("alive", "flapping"):
+    if case in ("local", "dead"):
         yield target
         return
     command = [sys.executable, "-m", "batchpilot", "serve", "--bind", target, "--policy", policy]
@@ -61,7 +64,7 @@ def service(case: str, policy: str) -> Iterator[str]:
     done = threading.Event()
     flapping = threading.Thread(target=server.flap, args=(done,))
     try:
-        if case == "flapping":
+        if case != "alive":
             flapping.start()
         yield target
     finally:
@@ -104,7 +107,7 @@ class _Server:
 def settings(case: str, policy: str, target: str) -> Iterator[None]:
     """The hook's settings of one case, where the hook looks for them."""
     values = {"BATCHPILOT_POLICY": policy}
-    if case != "local":
+    if case not in ("local", "beside"):
         values |= {"BATCHPILOT_MODE": "remote", "BATCHPILOT_SERVICE_TARGETS": target}
     os.environ.update(values)
     try:
@@ -141,7 +144,7 @@ def print_table(policy: str, running: int, cases: dict[str, Case]) -> None:
         table.add_column(heading, justify="left" if heading == "service" else "right")
     for name, case in cases.items():
         table.add_row(
-            "none (local)" if name == "local" else name,
+            NAMES.get(name, name),
             f"{1e6 * statistics.median(case.ours):.1f}",
             f"{1e6 * statistics.fmean(case.ours):.1f}",
             f"{1e6 * float(np.quantile(case.ours, 0.99)):.1f}",

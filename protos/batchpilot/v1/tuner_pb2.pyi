@@ -308,7 +308,7 @@ class WatchEngineResponse(_message.Message):
     def __init__(self, engines: _Optional[_Iterable[_Union[EngineStatus, _Mapping]]] = ..., gone: _Optional[_Iterable[_Union[EngineId, _Mapping]]] = ...) -> None: ...
 
 class EngineStatus(_message.Message):
-    __slots__ = ("id", "hello", "window", "binding", "applied_limits", "source", "lease", "report_age_ms", "session_seconds", "canary", "problem")
+    __slots__ = ("id", "hello", "window", "binding", "applied_limits", "source", "lease", "report_age_ms", "session_seconds", "canary", "problem", "lease_age_ms")
     ID_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
@@ -320,6 +320,7 @@ class EngineStatus(_message.Message):
     SESSION_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CANARY_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    LEASE_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     id: EngineId
     hello: EngineHello
     window: TelemetryWindow
@@ -331,7 +332,8 @@ class EngineStatus(_message.Message):
     session_seconds: float
     canary: bool
     problem: str
-    def __init__(self, id: _Optional[_Union[EngineId, _Mapping]] = ..., hello: _Optional[_Union[EngineHello, _Mapping]] = ..., window: _Optional[_Union[TelemetryWindow, _Mapping]] = ..., binding: _Optional[_Union[Binding, str]] = ..., applied_limits: _Optional[_Union[BatchLimits, _Mapping]] = ..., source: _Optional[str] = ..., lease: _Optional[_Union[LimitsLease, _Mapping]] = ..., report_age_ms: _Optional[int] = ..., session_seconds: _Optional[float] = ..., canary: bool = ..., problem: _Optional[str] = ...) -> None: ...
+    lease_age_ms: int
+    def __init__(self, id: _Optional[_Union[EngineId, _Mapping]] = ..., hello: _Optional[_Union[EngineHello, _Mapping]] = ..., window: _Optional[_Union[TelemetryWindow, _Mapping]] = ..., binding: _Optional[_Union[Binding, str]] = ..., applied_limits: _Optional[_Union[BatchLimits, _Mapping]] = ..., source: _Optional[str] = ..., lease: _Optional[_Union[LimitsLease, _Mapping]] = ..., report_age_ms: _Optional[int] = ..., session_seconds: _Optional[float] = ..., canary: bool = ..., problem: _Optional[str] = ..., lease_age_ms: _Optional[int] = ...) -> None: ...
 
 class ListPoliciesRequest(_message.Message):
     __slots__ = ("group",)
