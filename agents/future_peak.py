@@ -1,106 +1,129 @@
-"""Rule 1c: the peak of future KV memory, and how many waiting requests it leaves room for.
+"""Rule 1c: the most KV memory the batch will need, and how many more requests fit beside it.
 
-After LightLLM's Past-Future scheduler (arXiv:2507.10150). Every decoding sequence grows one token
-a step until it finishes, then frees all it holds. Memory can therefore only peak at the moment a
-sequence finishes, so the whole future is known from one sort.
+After LightLLM's Past-Future scheduler (arXiv:2507.10150): every decoding sequence grows one token a
+step until it finishes, then frees all it holds, so that a batch may fit now and overflow later.
+Where that draws one future from the lengths, here the mean and the variance of all futures are
+computed: one draw of a dozen sequences is off by as much as a sequence or two.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+from batchpilot.agents.survival import Floats, SurvivalCurve
+
+#: Sequences of similar age are taken together, in so many groups.
+AGE_GROUPS = 32
+#: Moments looked at, as shares of the mean output length, besides those at which groups end.
+_MOMENTS = np.geomspace(1 / 32, 8, 16)
 
 
-class Peak(NamedTuple):
-    """The moment at which the most KV memory is held.
+class Growing(NamedTuple):
+    """Sequences that hold KV memory, or will.
 
     Attributes:
-        tokens: KV tokens held then.
-        after_tokens: Decode steps until then.
+        held: KV tokens each holds once its prompt is in; shape (n,).
+        ages: Output tokens each has generated; shape (n,).
     """
 
-    tokens: float
-    after_tokens: float
+    held: Floats
+    ages: Floats
 
 
-def future_peak(held: NDArray[Any], remaining: NDArray[Any]) -> Peak:
-    """The most KV tokens that these sequences will ever hold together, and when.
+class Forecast(NamedTuple):
+    """KV tokens held at moments to come.
 
-    With sequences sorted by `remaining` r, longest first, memory when the k-th finishes is
-    `sum(held[:k]) + k * r[k]`, and the peak is its maximum over k. The finishing token counts: a
-    sequence holds `held + remaining` in its last step and is freed after it.
+    Attributes:
+        steps: The moments, in decode steps from now, 1 or more and rising; shape (t,).
+        mean: Expected KV tokens at each; shape (t,).
+        variance: Their variance; shape (t,).
+    """
+
+    steps: Floats
+    mean: Floats
+    variance: Floats
+
+
+def forecast(running: Growing, output: SurvivalCurve) -> Forecast:
+    """The memory that these sequences will hold.
+
+    Formula: in step t sequence i holds c_i + t with probability p_i = P(L >= a_i + t | L > a_i),
+    else nothing: the mean is the sum of (c_i + t) p_i, the variance of (c_i + t)^2 p_i (1 - p_i).
+    A step in which a sequence ends counts: it is freed after it. O(n log n) for the groups, and
+    O(1) for the rest.
 
     Args:
-        held: KV tokens each sequence holds now; shape (n,).
-        remaining: Output tokens each still generates, 0 or more; shape (n,).
-
-    Returns:
-        The peak; (0, 0) for no sequence.
-
-    Raises:
-        ValueError: The shapes differ.
+        running: The sequences, in any order; at least one.
+        output: Distribution of the output length.
     """
-    _check_shapes(held, remaining)
-    if not len(held):
-        return Peak(0.0, 0.0)
-    order = np.argsort(-remaining)
-    by_length = remaining[order]
-    memory = np.cumsum(held[order]) + np.arange(1, len(held) + 1) * by_length
-    worst = int(np.argmax(memory))
-    return Peak(float(memory[worst]), float(by_length[worst]))
+    order = np.argsort(running.ages, kind="stable")
+    held, ages = running.held[order], running.ages[order]
+    count = len(held)
+    starts = np.unique(np.arange(AGE_GROUPS) * count // AGE_GROUPS)
+    sizes = np.diff(np.append(starts, count)).astype(np.float64)[:, None]
+    group_ages = np.add.reduceat(ages, starts) / sizes[:, 0]
+    sums = np.add.reduceat(held, starts)[:, None]
+    squares = np.add.reduceat(held * held, starts)[:, None]
+
+    ends = output.quantile_remaining(np.append(group_ages, 0.0), 0.5)
+    steps = np.unique(np.ceil(np.concatenate(([1.0], output.mean * _MOMENTS, ends))))
+    alive = _alive(group_ages, steps, output)
+    mean = ((sums + sizes * steps) * alive).sum(axis=0)
+    second = squares + 2 * steps * sums + sizes * steps * steps
+    return Forecast(steps, mean, (second * alive * (1 - alive)).sum(axis=0))
 
 
 def admissible(
-    held: NDArray[Any],
-    remaining: NDArray[Any],
-    new_held: NDArray[Any],
-    new_remaining: NDArray[Any],
+    running: Growing,
+    waiting: Growing,
+    output: SurvivalCurve,
+    *,
     capacity: float,
+    deviations: float = 0.0,
 ) -> int:
     """How many waiting requests can start, in queue order, without the peak passing `capacity`.
 
-    One more sequence never lowers the peak, so a binary search finds the answer; everything is
-    sorted once and each try only masks.
+    The peak is the maximum over moments of mean + `deviations` sqrt(variance); one more sequence
+    never lowers it.
 
     Args:
-        held: KV tokens each running sequence holds; shape (n,).
-        remaining: Output tokens each running sequence still generates; shape (n,).
-        new_held: KV tokens each waiting request needs to start, in queue order; shape (m,).
-        new_remaining: Output tokens each waiting request will generate; shape (m,).
-        capacity: Tokens the peak may reach.
+        running: Sequences that run; at least one.
+        waiting: Requests in queue order.
+        output: Distribution of the output length.
+        capacity: KV tokens the peak may reach.
+        deviations: Standard deviations kept in reserve, theta in the formula.
 
     Returns:
-        The largest j in 0..m whose first j waiting requests fit beside all running ones; 0 also
-        when the running ones alone pass `capacity`.
+        The largest j whose first j waiting requests fit beside all running ones; 0 also when the
+        running ones alone pass `capacity`.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: Shapes differ, or nothing runs.
     """
-    _check_shapes(held, remaining)
-    _check_shapes(new_held, new_remaining)
-    all_held = np.concatenate((held, new_held)).astype(np.float64)
-    all_remaining = np.concatenate((remaining, new_remaining)).astype(np.float64)
-    order = np.argsort(-all_remaining)
-    sorted_held, sorted_remaining = all_held[order], all_remaining[order]
+    for name, group in (("running", running), ("waiting", waiting)):
+        if group.held.shape != group.ages.shape:
+            raise ValueError(
+                f"{name}: held has shape {group.held.shape} and ages {group.ages.shape}; "
+                "give one value of each per sequence"
+            )
+    if not len(running.held):
+        raise ValueError("nothing runs: the first request may always start")
+    now = forecast(running, output)
+    # Nearly all that wait have age 0.
+    ages, which = np.unique(waiting.ages, return_inverse=True)
+    alive = _alive(ages, now.steps, output)[which]
+    memory = (waiting.held[:, None] + now.steps) * alive
+    spread = memory * (waiting.held[:, None] + now.steps) * (1 - alive)
+    mean = np.vstack((now.mean, now.mean + np.cumsum(memory, axis=0)))
+    variance = np.vstack((now.variance, now.variance + np.cumsum(spread, axis=0)))
+    peaks = (mean + deviations * np.sqrt(variance)).max(axis=1)
+    return max(int(np.searchsorted(peaks, capacity, side="right")) - 1, 0)
 
-    fits, too_many = 0, len(new_held) + 1
-    while too_many - fits > 1:
-        tried = (fits + too_many) // 2
-        present = order < len(held) + tried
-        # An absent sequence sits below a present one with no more memory: it cannot be the peak.
-        memory = np.cumsum(sorted_held * present) + np.cumsum(present) * sorted_remaining
-        if memory.max() <= capacity:
-            fits = tried
-        else:
-            too_many = tried
-    return fits
 
-
-def _check_shapes(held: NDArray[Any], remaining: NDArray[Any]) -> None:
-    if held.shape != remaining.shape:
-        raise ValueError(
-            f"held has shape {held.shape} and remaining {remaining.shape}; "
-            "give one value of each per sequence"
-        )
+def _alive(ages: Floats, steps: Floats, output: SurvivalCurve) -> Floats:
+    """P(L >= age + t | L > age) for each age and step t; shape (n, t)."""
+    reached = output.survival(ages[:, None] + (steps - 1))
+    alive: Floats = np.minimum(reached / np.maximum(output.survival(ages), 1e-12)[:, None], 1.0)
+    return alive

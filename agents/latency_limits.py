@@ -102,7 +102,7 @@ class LatencyLimits:
         if self._ttft_aim is not None:
             self._queue.update(snapshot)
         self._steps_to_check -= 1
-        if self._steps_to_check > 0 or not snapshot.decode_seqs:
+        if self._steps_to_check > 0 or snapshot.decode_seqs < 1:
             return
         self.is_trusted = self._deserves_trust(snapshot)
         self._steps_to_check = CHECK_STEPS if self.is_trusted else UNTRUSTED_CHECK_STEPS

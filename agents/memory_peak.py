@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -10,7 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from batchpilot.agents.future_peak import admissible, future_peak
+from batchpilot.agents.future_peak import Growing, admissible
 from batchpilot.agents.lengths import LengthEstimate, LengthEstimator
 from batchpilot.agents.limits import Decision, EngineSnapshot, SequenceState, StepRecord
 from batchpilot.agents.memory import (
@@ -26,11 +25,10 @@ from batchpilot.agents.survival import Floats
 CANDIDATES = 64
 #: A look costs O(N); one every N / 32 steps at most keeps a step O(1) on average.
 SEQUENCES_LOOKED_AT_PER_STEP = 32
-#: An estimate whose stated error is larger is not used.
-LARGEST_RELATIVE_ERROR = 0.5
-#: Until lengths are known, sequences are taken to grow to twice what they hold.
-COLD_START_MEMORY_FACTOR = 0.5
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+#: An estimate whose stated error is larger is not used: the first completions are enough.
+LARGEST_RELATIVE_ERROR = 1.0
+#: Until lengths are known, sequences are taken to grow by a third of what they hold.
+COLD_START_MEMORY_FACTOR = 0.75
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class MemoryPeakParameters(Parameters):
     """Parameters of `memory-peak`."""
 
     memory_overflow_probability: float = parameter(
-        0.2, above=0, below=0.5, help="eps_M: how often the peak to come may overflow"
+        0.15, above=0, below=0.5, help="eps_M: how often the peak to come may overflow"
     )
     recheck_steps: int = parameter(
         16, minimum=1, help="steps after which a closed door is tried again without an event"
@@ -48,22 +46,19 @@ class MemoryPeakParameters(Parameters):
 class MemoryPeakPolicy:
     """Admits while the peak of the future, not the memory of now, fits the KV cache.
 
-    Formula (after LightLLM's Past-Future scheduler, arXiv:2507.10150): with held tokens c_i and
-    remaining outputs r_i, longest first, memory when the k-th finishes is sum over i <= k of
-    (c_i + r_k). The limit is N + j for the largest j such that N running and the next j waiting
-    requests keep
+    Formula (after LightLLM's Past-Future scheduler, arXiv:2507.10150): in step t from now sequence
+    i, of age a_i and with c_i tokens held, holds c_i + t with probability p_i(t) that it lives to
+    see it. The limit is N + j for the largest j such that N running and the next j waiting requests
+    keep
 
-        max over k of sum_{i<=k} (c_i + r_k) + theta sd <= eta
+        max over t of sum (c_i + t) p_i + theta sqrt(sum (c_i + t)^2 p_i (1 - p_i)) <= eta
 
-    The r_i are quantiles of E[remaining | age], spread evenly over (0, 1) as a low-discrepancy
-    sequence, so that they scatter as the true ones do; sd is the standard deviation of the memory
-    held at the peak, sqrt(sum (c_i + t)^2 p_i (1 - p_i)) with p_i the probability of outliving t,
-    and theta = PhiInv(1 - eps_M). c_i counts blocks really held: what prefix caching shares or
+    with theta = PhiInv(1 - eps_M). c_i counts blocks really held: what prefix caching shares or
     block ends waste is scaled in.
 
-    Regimes: until lengths are known to within `LARGEST_RELATIVE_ERROR` it is `memory` with half the
-    cache to fill, as if every sequence were to grow to twice what it holds. Then it lets
-    a batch grow while young sequences still have room to grow old, and closes the door early when
+    Regimes: until lengths are known to within `LARGEST_RELATIVE_ERROR` it is `memory` with three
+    quarters of the cache to fill, as if every sequence were to grow by a third. Then it lets a
+    batch grow while young sequences still have room to grow old, and closes the door early when
     many will peak together.
 
     Limitations: it does not know a request's own length, only the distribution of all; a shift of
@@ -155,21 +150,16 @@ class MemoryPeakPolicy:
     ) -> int:
         computed_now, ages, left = _columns(running)
         new_computed, new_ages, new_left = _columns(waiting)
-        # What each holds once its prompt is in.
-        held, new_held = computed_now + left, new_computed + new_left
         tokens_in_blocks = snapshot.used_blocks * snapshot.engine.block_size
         computed = float(computed_now.sum())
         scale = tokens_in_blocks / computed if computed and tokens_in_blocks else 1.0
-        remaining = _spread_remaining(np.concatenate((ages, new_ages)), lengths)
-        count = len(held)
-        peak = future_peak(held * scale, remaining[:count])
-        reserve = self._theta * _memory_deviation(held * scale, ages, peak.after_tokens, lengths)
         return admissible(
-            held * scale,
-            remaining[:count],
-            new_held * scale,
-            remaining[count:],
-            snapshot.engine.kv_capacity_tokens - reserve,
+            # What each holds once its prompt is in.
+            Growing((computed_now + left) * scale, ages),
+            Growing((new_computed + new_left) * scale, new_ages),
+            lengths.output,
+            capacity=snapshot.engine.kv_capacity_tokens,
+            deviations=self._theta,
         )
 
 
@@ -177,21 +167,3 @@ def _columns(sequences: Sequence[SequenceState]) -> Floats:
     """KV tokens, output tokens and prefill tokens left of each; shape (3, n)."""
     numbers = np.fromiter(chain.from_iterable(sequences), np.float64, 3 * len(sequences))
     return numbers.reshape(-1, 3).T
-
-
-def _spread_remaining(ages: Floats, lengths: LengthEstimate) -> Floats:
-    """Remaining outputs that scatter as the distribution does: evenly spread quantiles by age."""
-    ranks = np.empty(len(ages))
-    ranks[np.argsort(ages, kind="stable")] = np.arange(1, len(ages) + 1)
-    return lengths.quantile_remaining(ages, (ranks * GOLDEN_RATIO) % 1.0)
-
-
-def _memory_deviation(
-    held: Floats, ages: Floats, after_tokens: float, lengths: LengthEstimate
-) -> float:
-    """Standard deviation of the KV tokens held `after_tokens` decode steps from now."""
-    outlives = lengths.output.survival(ages + after_tokens) / np.maximum(
-        lengths.output.survival(ages), 1e-12
-    )
-    outlives = np.minimum(outlives, 1.0)
-    return float(np.sqrt(np.sum((held + after_tokens) ** 2 * outlives * (1 - outlives))))

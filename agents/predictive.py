@@ -8,16 +8,13 @@ from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
 from batchpilot.agents.latency_limits import FITS, LatencyLimits
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import BatchLimits, Decision, EngineSnapshot, Source, StepRecord
-from batchpilot.agents.memory_peak import (
-    COLD_START_MEMORY_FACTOR,
-    MemoryPeakParameters,
-    MemoryPeakPolicy,
-)
+from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
 from batchpilot.agents.parameters import Parameters, parameter
 from batchpilot.agents.step_time import StepTimeEstimator
 
-#: Until lengths are known, with a target for the first token: Algorithm 1's own share.
-FULL_MEMORY_FACTOR = 0.95
+#: Until lengths are known: Algorithm 1's own share. A shut door surely costs a first token, or
+#: throughput; an overflow may cost one request its pace.
+COLD_START_MEMORY_FACTOR = 0.95
 COLD = "the step time is not known well enough"
 LARGER_BATCH = "predicted step time of a larger batch"
 PEAK = "peak of future memory"
@@ -34,7 +31,7 @@ class PredictiveParameters(Parameters):
         None, above=0, help="time-to-first-token target, beside itl_slo_ms"
     )
     memory_overflow_probability: float = parameter(
-        0.45, above=0, below=0.5, help="eps_M: how often the peak to come may overflow"
+        0.15, above=0, below=0.5, help="eps_M: how often the peak to come may overflow"
     )
     min_prefill_chunk: int = parameter(
         64, minimum=1, help="prompt tokens a step always has room for beside its decodes"
@@ -63,9 +60,7 @@ class PredictivePolicy:
         memory = MemoryPeakParameters(
             memory_overflow_probability=params.memory_overflow_probability
         )
-        # A shut door surely costs a first token; an overflow may cost one request its pace.
-        cold = COLD_START_MEMORY_FACTOR if params.ttft_slo_ms is None else FULL_MEMORY_FACTOR
-        self._memory = MemoryPeakPolicy(memory, lengths, cold)
+        self._memory = MemoryPeakPolicy(memory, lengths, COLD_START_MEMORY_FACTOR)
         self._latency: LatencyLimits | None = None
         if params.itl_slo_ms is not None:
             ttft_seconds = None if params.ttft_slo_ms is None else params.ttft_slo_ms / 1e3

@@ -1,9 +1,11 @@
-"""How fast `batchpilot/BatchLimits-v0` runs here, in one process and in several.
+"""How fast `batchpilot/BatchLimits-v0` and the engine under it run here.
 
-    python -m batchpilot.env.bench_env [--processes 1,2] [--seconds 10]
+    python -m batchpilot.env.bench_env [--processes 1,2] [--seconds 10] [--running 64]
 
 Plays episodes of random actions with the environment's default settings and prints engine steps
 and environment steps per second of wall time, all processes together. Starting up is not counted.
+Then the virtual engine alone, in one process with so many sequences running, beside the most that
+vLLM's own scheduler allows: the speed if its `schedule()` and `update_from_output()` were all.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batchpilot.env.batch_limits_env import BatchLimitsEnv
+from batchpilot.env.engine_speed import measure_engine
+
+#: Engine steps of a round of the second table.
+ENGINE_STEPS = 2000
 
 
 class Speed(NamedTuple):
@@ -114,11 +120,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--processes", default="1,2", help="how many at once, one after another")
     parser.add_argument("--seconds", type=float, default=10.0, help="wall time of each")
+    parser.add_argument("--running", default="64", help="sequences in the engine, in turn")
     args = parser.parse_args(argv)
     counts = args.processes.split(",")
-    if not all(count.isdecimal() and int(count) for count in counts) or not args.seconds > 0:
-        parser.error(f"--processes {args.processes} --seconds {args.seconds:g}: whole numbers "
-                     "from 1, separated by commas, and a number greater than 0")  # fmt: skip
+    sizes = args.running.split(",")
+    whole = all(count.isdecimal() and int(count) for count in counts + sizes)
+    if not whole or not args.seconds > 0:
+        parser.error(f"--processes {args.processes} --running {args.running} --seconds "
+                     f"{args.seconds:g}: whole numbers from 1, separated by commas, and a number "
+                     "greater than 0")  # fmt: skip
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     print("processes  engine steps/s  env steps/s  engine seconds per second", flush=True)
     for count in map(int, counts):
@@ -129,6 +139,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{speed.engine_seconds / speed.seconds:>25,.1f}",
             flush=True,
         )
+    print("\nrunning  prefix caching  engine steps/s  vLLM's scheduler alone  ratio", flush=True)
+    for size in map(int, sizes):
+        for caching in (True, False):
+            found = measure_engine(size, ENGINE_STEPS, prefix_caching=caching)
+            print(
+                f"{found.running:>7.1f}  {'on' if caching else 'off':>14}  {found.engine:>14,.0f}  "
+                f"{found.vllm_alone:>22,.0f}  {found.engine / found.vllm_alone:>5.2f}",
+                flush=True,
+            )
     return 0
 
 

@@ -261,21 +261,30 @@ class VllmAdapter:
         self._scheduler.max_num_scheduled_tokens = startup.max_num_batched_tokens
 
     def snapshot(self, clock_seconds: float, binding: Binding) -> EngineSnapshot:
-        """Reads the state a policy sees; O(1)."""
+        """Reads the state a policy sees; O(1) and the prefills under way."""
         scheduler = self._scheduler
         running, waiting = scheduler.get_request_counts()
+        if self._prefilling:
+            self._forget_aborted_prefills()
         return EngineSnapshot(
             self.facts,
             clock_seconds,
             running,
             waiting,
-            len(self._prefilling),
+            min(len(self._prefilling), running),
             scheduler.num_waiting_for_streaming_input,
             self.used_blocks(),
             binding,
             self._read_running,
             self._read_waiting,
         )
+
+    def _forget_aborted_prefills(self) -> None:
+        """An abort takes a request out of RUNNING at once; `schedule()` tells of it only later."""
+        known = self._scheduler.requests
+        gone = [request_id for request_id in self._prefilling if request_id not in known]
+        for request_id in gone:
+            del self._prefilling[request_id]
 
     def used_blocks(self) -> int:
         """KV blocks that requests hold, per group."""

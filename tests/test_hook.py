@@ -142,6 +142,31 @@ def test_an_aborted_request_is_reported_as_cut_short():
     assert len(run.finished) == 9
 
 
+@SCHEDULING
+def test_a_prompt_that_is_aborted_half_way_counts_neither_as_prefill_nor_as_running(
+    async_scheduling,
+):
+    core = build_core(async_scheduling=async_scheduling, max_num_batched_tokens=32)
+    seen = []
+
+    class Watching(Fixed):
+        def decide(self, snapshot):
+            seen.append((snapshot.running, snapshot.prefill_seqs))
+            return super().decide(snapshot)
+
+    core.hook.set_policy(Watching(seqs=32, tokens=32))
+
+    def abort_all(step):
+        if step == 3:
+            core.abort_request("long")
+            core.abort_request("short")
+
+    requests = [EngineRequest("short", [5] * 8, 50), EngineRequest("long", [7] * 400, 50)]
+    drive(core, [*requests, EngineRequest("later", [9] * 300, 5)], before_step=abort_all)
+    assert (0, 0) in seen
+    assert all(0 <= prefills <= running for running, prefills in seen)
+
+
 CALL_SITES = [
     "policy.decide",
     "policy.observe",

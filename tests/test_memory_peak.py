@@ -52,11 +52,11 @@ def taught(output_tokens, prompt_tokens=100, count=200, epsilon=0.2):
     return policy
 
 
-def test_until_something_has_finished_it_takes_sequences_to_grow_to_twice_what_they_hold():
+def test_until_something_has_finished_it_takes_sequences_to_grow_by_a_third_of_what_they_hold():
     policy = MemoryPeakPolicy(MemoryPeakParameters())
     queue = Queue([SequenceState(160, 10, 0)] * 10, [SequenceState(0, 0, 150)] * 50)
     decision = policy.decide(queue.snapshot())
-    assert decision.limits.max_num_seqs == 500 // (2 * 10)
+    assert decision.limits.max_num_seqs == 500 * 3 // (4 * 10)
     assert decision.reason == "blocks held per sequence now"
 
 

@@ -21,7 +21,7 @@ from batchpilot.env.contest.settings import ContestSettings
 from batchpilot.env.contest.summary import Spread, median_of, spread
 from batchpilot.env.contest.trial import Outcome, OutcomeStore, Trial, run_stored
 
-#: Where the search for vLLM's default begins; the others begin at its result.
+#: Where the search for vLLM's default begins; the others begin at what is known by then.
 _DEFAULT_START = -4
 #: Where a search begins whose default kept nothing.
 _LOST_START = -24
@@ -148,18 +148,38 @@ def compare_capacity(
         ]
         return [LOWEST - 1 if r is None else r for r in crew.map(what, find_rung, tasks)]
 
-    first = [item for item in searches if item[1] == DEFAULT]
-    rungs = dict(zip(first, search(first, [_DEFAULT_START] * len(first), "default"), strict=True))
-    others = [item for item in searches if item[1] != DEFAULT]
-    starts = [rungs[place, DEFAULT, seed] for place, _, seed in others]
-    starts = [_LOST_START if start < LOWEST else start for start in starts]
-    rungs |= dict(zip(others, search(others, starts, "capacity"), strict=True))
+    # A search is short where it begins near its end, and those that cap prefill end far from those
+    # that do not: the default goes first, then one fixed pair, and the others begin at either's.
+    rungs: dict[tuple[int, str, int], int] = {}
+    pilots = [next((label for label in lineup if _caps_prefill(label)), None) for lineup in lineups]
+
+    def search_from(chosen: list[tuple[int, str, int]], pilot: bool, what: str) -> None:
+        starts = [_DEFAULT_START] * len(chosen)
+        if rungs:
+            near = [(pilots[place] if pilot else None) or DEFAULT for place, *_ in chosen]
+            found = [
+                rungs[place, label, seed]
+                for (place, _, seed), label in zip(chosen, near, strict=True)
+            ]
+            starts = [_LOST_START if rung < LOWEST else rung for rung in found]
+        rungs.update(zip(chosen, search(chosen, starts, what), strict=True))
+
+    search_from([item for item in searches if item[1] == DEFAULT], False, "default")
+    search_from([item for item in searches if item[1] == pilots[item[0]]], False, "one fixed pair")
+    others = [item for item in searches if item not in rungs]
+    search_from([item for item in others if _caps_prefill(item[1])], True, "prefill capped")
+    search_from([item for item in others if not _caps_prefill(item[1])], False, "all others")
 
     results = []
     for place, (scenario, lineup) in enumerate(zip(scenarios, lineups, strict=True)):
         by_label = {label: [rungs[place, label, seed] for seed in seeds] for label in lineup}
         results.append(_at_common_load(scenario, by_label, seeds, crew, folder))
     return results
+
+
+def _caps_prefill(label: str) -> bool:
+    """Whether a contestant keeps prompts from filling a step, as far as one can say beforehand."""
+    return label == OURS or (is_static(label) and label != DEFAULT)
 
 
 def _lineup(settings: ContestSettings, scenario: Scenario, only_target: bool) -> tuple[str, ...]:
