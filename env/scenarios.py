@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from batchpilot.agents.limits import EngineFacts
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.env.contest.scenario import estimated_capacity
 from batchpilot.env.profiles import GpuProfile
 from batchpilot.env.reward import MeanLengths, profile_capacity
 from batchpilot.env.workloads import WorkloadSpec
@@ -59,7 +60,7 @@ class Scenario:
         engine: The engine's settings.
         prompt_mean, output_mean: Mean lengths in tokens, before they are cut to what fits.
         output_sigma: Spread of the log of output lengths.
-        load: Requests per second, over what the engine can finish.
+        load: Requests per second, over what the engine can finish in steps within the ITL target.
         burstiness: Coefficient of variation of the gaps between arrivals; 1 is Poisson.
         itl_slo_ratio: ITL target over the step time of a lone sequence.
         ttft_slo_s: TTFT target in seconds.
@@ -84,13 +85,18 @@ class Scenario:
         workload = self._workload(facts)
         sample = WorkloadSpec(workload, None, _SAMPLE).build()
         mean = MeanLengths.of(sample.requests)
-        capacity = profile_capacity(profile.step_time, facts, mean)
-        rate = self.load * capacity / mean.output_tokens
-        lone_ms = 1e3 * profile.step_time.seconds(1, 0, round(mean.prompt_tokens))
+        itl_slo_ms = (
+            self.itl_slo_ratio * 1e3 * profile.step_time.seconds(1, 0, round(mean.prompt_tokens))
+        )
+        within_target = estimated_capacity(
+            replace(profile, num_blocks=facts.total_blocks + 1), workload, itl_slo_ms
+        )
+        at_most = profile_capacity(profile.step_time, facts, mean) / mean.output_tokens
+        rate = self.load * min(within_target, at_most)
         return {
             "workload": workload,
             "arrivals": f"gamma:rate={rate:.6g}:cv={self.burstiness:.6g}",
-            "itl_slo_ms": self.itl_slo_ratio * lone_ms,
+            "itl_slo_ms": itl_slo_ms,
             "ttft_slo_ms": 1e3 * self.ttft_slo_s,
         }
 

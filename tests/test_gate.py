@@ -14,10 +14,13 @@ from batchpilot.__main__ import main
 from batchpilot.agents.limits import BatchLimits, Decision, EngineFacts, EngineSnapshot, Source
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.registry import PolicyRegistry
+from batchpilot.env.bench.plan import build_round_workload
+from batchpilot.env.contest.scenario import estimated_capacity
 from batchpilot.env.gate.evaluate import GateRun, ShieldWatch, gate_tasks, run_gate, run_task
 from batchpilot.env.gate.settings import Rules, load_gate_settings
 from batchpilot.env.gate.statistics import bootstrap_gain, relative_gains
 from batchpilot.env.gate.verdict import Verdict, judge
+from batchpilot.env.profiles import load_profile
 
 CELLS = ("a", "b", "c")
 SEEDS = (1, 2, 3, 4)
@@ -292,3 +295,37 @@ def test_rules_are_those_of_the_file(gate):
     )
     assert "no cell loses more than 50% of its goodput" in [c.rule for c in found.checks]
     assert all(c.passed for c in found.checks if c.rule.startswith("no cell"))
+
+
+def cell_file(tmp_path: Path, **changes: object) -> Path:
+    """A gate of one cell."""
+    cell = {"name": "c", "profile": "llama-3.1-8b-h100", "workload": "chat", "itl_slo_ms": 20}
+    path = tmp_path / "cells.yaml"
+    path.write_text(json.dumps({"cells": [cell | changes]}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "traffic",
+    [{"arrivals": "poisson:4"}, {"workload": "azure-2023-conv", "num_requests": 200}],
+)
+def test_a_load_is_a_share_of_the_estimated_capacity(tmp_path, traffic):
+    (cell,) = load_gate_settings(cell_file(tmp_path, load=0.5, **traffic)).cells
+    requests = build_round_workload(replace(cell.settings, num_requests=200), 0).requests
+    rate = len(requests) / requests[-1].arrival_seconds
+    capacity = estimated_capacity(load_profile("llama-3.1-8b-h100"), cell.settings.workload, 20.0)
+    assert rate == pytest.approx(0.5 * capacity, rel=0.15 if "arrivals" in traffic else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"load": 0}, "cell c: load=0 must be a number above 0"),
+        ({"load": 1, "arrivals": "poisson:1", "rate_scale": 2}, "takes the place of rate_scale"),
+        ({"load": 1, "itl_slo_ms": None, "ttft_slo_ms": 9}, "cell c: load needs itl_slo_ms"),
+        ({"load": 1, "arrivals": "saturated"}, "load needs arrivals over time, not all at once"),
+    ],
+)
+def test_a_load_that_means_nothing_is_refused(tmp_path, changes, error):
+    with pytest.raises(ConfigError, match=error):
+        load_gate_settings(cell_file(tmp_path, **changes))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from batchpilot.agents.limits import BatchLimits, EngineFacts
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.env.contest.scenario import estimated_capacity
 from batchpilot.env.profiles import load_profile
 from batchpilot.env.random_batch_limits_env import RandomBatchLimitsEnv
 from batchpilot.env.reward import MeanLengths, profile_capacity
@@ -90,15 +92,25 @@ def test_the_engine_and_the_targets_are_the_scenarios(make: Any):
     assert info["scenario"]["load"] == drawn.load
 
 
+def rate_of(chosen: dict[str, Any]) -> float:
+    return float(chosen["arrivals"].split("=")[1].split(":")[0])
+
+
 def test_the_load_is_relative_to_what_the_engine_can_finish():
     profile = load_profile("llama-3.1-8b-rtx4090")
     facts = EngineFacts(BatchLimits(64, 2048), 2587, 16)
     scenario = Scenario(EngineChoice("x", 1, 64, 2048), 300, 100, 0.5, 0.8, 1.0, 2.0, 1.5)
     chosen = scenario.settings(profile, facts)
     mean = MeanLengths.of(WorkloadSpec(chosen["workload"], None, 500).build().requests)
-    capacity = profile_capacity(profile.step_time, facts, mean)
-    rate = float(chosen["arrivals"].split("=")[1].split(":")[0])
-    assert rate == pytest.approx(0.8 * capacity / mean.output_tokens, rel=1e-4)
+    within = estimated_capacity(
+        replace(profile, num_blocks=2588), chosen["workload"], chosen["itl_slo_ms"]
+    )
+    assert rate_of(chosen) == pytest.approx(0.8 * within, rel=1e-4)
+    # With a loose target, start-up limits and KV cache are what is left.
+    loose = replace(scenario, itl_slo_ratio=50.0).settings(profile, facts)
+    at_most = profile_capacity(profile.step_time, facts, mean) / mean.output_tokens
+    assert rate_of(loose) == pytest.approx(0.8 * at_most, rel=1e-4)
+    assert at_most > within
     alone_ms = 1e3 * profile.step_time.seconds(1, 0, round(mean.prompt_tokens))
     assert chosen["itl_slo_ms"] == pytest.approx(2 * alone_ms)
     assert chosen["ttft_slo_ms"] == 1500

@@ -1,7 +1,7 @@
 """Trains every action design at the same small scale, and the best one at full length.
 
     python -m batchpilot.agents.training.compare_designs --out results/train-full
-        [--config full] [--steps 20000] [--full-steps 500000] [--variants residual,absolute,...]
+        [--config full] [--steps 20000] [--full-steps 500000] [--variants residual:absolute:...]
 
 A variant that is finished is not trained again, and one that was interrupted goes on. The table, on
 held-out seeds that chose no model, is printed and written to `designs.json`. Without --full-steps 0
@@ -97,9 +97,11 @@ def compare_designs(
         Figures by variant and baseline.
     """
     figures: dict[str, dict[str, float]] = {}
-    for name in names:
+    for number, name in enumerate(names):
         algo, settings = VARIANTS[name]
         variant = make_run_config({**base, "algo": algo}, config, settings)
+        if number:  # the baselines are the same everywhere
+            variant = replace(variant, baselines=())
         folder = out / name.replace(", ", "-").replace(" ", "").lower()
         found = train_variant(folder, variant, episodes=episodes, name="agent")
         figures |= {label: values for label, values in found.items() if label != "agent"}
@@ -133,13 +135,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=40, help="of each comparison")
     parser.add_argument("--variants", default=":".join(VARIANTS), help="names, with colons between")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
+    parser.add_argument("--n-envs", type=int, default=2, help="environments side by side")
     args = parser.parse_args(argv)
     names = args.variants.split(":")
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
         parser.error(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    base = {"timesteps": args.steps, "seed": args.seed, "eval_every": max(1, args.steps // 4)}
+    base = {
+        "timesteps": args.steps,
+        "seed": args.seed,
+        "n_envs": args.n_envs,
+        "eval_every": max(1, args.steps // 2),
+    }
     try:
         figures = compare_designs(args.out, base, args.config, names, args.episodes)
         if args.full_steps:
@@ -155,7 +163,12 @@ def _train_best(
 ) -> None:
     best = max(names, key=lambda name: figures[name]["pooled_attainment"])
     algo, settings = VARIANTS[best]
-    given = {"algo": algo, "timesteps": args.full_steps, "seed": args.seed}
+    given = {
+        "algo": algo,
+        "timesteps": args.full_steps,
+        "seed": args.seed,
+        "n_envs": args.n_envs,
+    }
     config = make_run_config(given, args.config, settings)
     config = replace(config, run=replace(config.run, eval_episodes=16))
     print(f"the best design, {best}, for {args.full_steps:,} steps", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ from typing import Any
 import yaml
 
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
+from batchpilot.env.bench.plan import build_round_workload
 from batchpilot.env.bench.settings import BenchSettings
+from batchpilot.env.contest.scenario import estimated_capacity
+from batchpilot.env.profiles import load_profile
 
 _DEFAULT = resources.files("batchpilot.env.gate") / "held_out.yaml"
 _BENCH_KEYS = frozenset(
@@ -20,6 +23,8 @@ _BENCH_KEYS = frozenset(
         *("itl_slo_ms", "ttft_slo_ms", "max_num_seqs", "max_num_batched_tokens", "kv_blocks"),
     )
 )
+#: Arrivals that a process's mean rate is taken from.
+_DRAWN = 20_000
 
 
 @dataclass(frozen=True)
@@ -124,14 +129,39 @@ def _settings(values: Any) -> GateSettings:
 
 
 def _cell(values: Any) -> HeldOutCell:
-    found = _mapping(values, {"name", *_BENCH_KEYS}, "a cell")
-    name = str(found.pop("name", ""))
+    found = _mapping(values, {"name", "load", *_BENCH_KEYS}, "a cell")
+    name, load = str(found.pop("name", "")), found.pop("load", None)
     if not name:
         raise ConfigError(f"a cell has no name: {found}")
     settings = BenchSettings.from_mapping({"engine": "virtual", **found}, where=f"cell {name}")
     if not settings.slo.is_set:
         raise ConfigError(f"cell {name}: itl_slo_ms or ttft_slo_ms is required: goodput needs one")
+    if load is not None:
+        settings = _loaded(settings, load, f"cell {name}")
     return HeldOutCell(name, settings)
+
+
+def _loaded(settings: BenchSettings, load: Any, where: str) -> BenchSettings:
+    """The settings with the rate scale at which requests come at `load` times the capacity.
+
+    The capacity is the contest's estimate, which is made from the profile, the lengths and the
+    target between tokens; no policy had a hand in it.
+    """
+    if not isinstance(load, int | float) or not load > 0:
+        raise ConfigError(f"{where}: load={load!r} must be a number above 0")
+    if settings.itl_slo_ms is None or settings.rate_scale != 1:
+        raise ConfigError(f"{where}: load needs itl_slo_ms, and takes the place of rate_scale")
+    # Of a process many, so that chance does not count; of a trace those that are served.
+    drawn = settings if settings.arrivals is None else replace(settings, num_requests=_DRAWN)
+    requests = build_round_workload(drawn, 0).requests
+    seconds = requests[-1].arrival_seconds
+    if not seconds:
+        raise ConfigError(f"{where}: load needs arrivals over time, not all at once")
+    assert settings.profile is not None
+    capacity = estimated_capacity(
+        load_profile(settings.profile), settings.workload, settings.itl_slo_ms
+    )
+    return replace(settings, rate_scale=load * capacity * seconds / len(requests))
 
 
 def _mapping(values: Any, known: set[str] | frozenset[str], where: str) -> dict[str, Any]:
