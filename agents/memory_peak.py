@@ -64,8 +64,9 @@ class MemoryPeakPolicy:
     Limitations: it does not know a request's own length, only the distribution of all; a shift of
     lengths is learned within some tens of completions. A look at every sequence costs O(N log N),
     so it grants places to as many requests as fit, those that wait and then others of the mean
-    prompt, and looks again once they are in or after `recheck_steps`; a shut door is tried again when a sequence ends, no more often than every
-    N / 32 steps. One that ends in between makes no room, and a preemption takes the grant back.
+    prompt, and looks again once they are in or after `recheck_steps`; a shut door is tried again
+    when a sequence ends, no more often than every N / 32 steps. One that ends in between makes no
+    room, and a preemption takes the grant back.
     """
 
     def __init__(
