@@ -175,6 +175,8 @@ def scale_of(fault: Fault, args: argparse.Namespace) -> Scale:
         delay_seconds=5.0,
         lease_seconds=2.0,
         good=STARTUP,
+        report_ms=250,
+        look_seconds=0.05,
     )
 
 
