@@ -39,6 +39,9 @@ class Hyperparameters(Parameters):
     gamma: float = parameter(0.99, above=0, maximum=1, help="discount of a decision interval")
     batch_size: int = parameter(256, minimum=1, help="samples in a gradient step")
     norm_reward: bool = parameter(False, help="divide rewards by their running spread")
+    paired_episodes: int = parameter(
+        0, minimum=0, help="so many episodes, rewarded for what is gained over the base; 0: neither"
+    )
     net_arch: str = parameter("64,64", help="widths of the hidden layers")
     activation_fn: str = parameter("tanh", choices=("tanh", "relu"), help="of the hidden layers")
 
@@ -173,7 +176,7 @@ class QrDqnHyperparameters(DqnHyperparameters):
 
 
 _NOT_ARGUMENTS = {
-    *("n_timesteps", "n_envs", "norm_reward", "net_arch", "activation_fn"),
+    *("n_timesteps", "n_envs", "norm_reward", "paired_episodes", "net_arch", "activation_fn"),
     *("log_std_init", "lstm_hidden_size", "n_quantiles"),
 }
 

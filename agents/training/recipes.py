@@ -13,6 +13,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.agents.training.paired_env import PairedEnv
 from batchpilot.agents.training.replayable import ReplayableEnv
 from batchpilot.env.registration import LIVE_ENV, RANDOM_ENV, VIRTUAL_ENV
 
@@ -27,10 +28,12 @@ class EnvRecipe:
         kind: `random` draws another engine and load each episode, `virtual` has one of them,
             `live` is a real vLLM.
         settings: Keywords of `gymnasium.make`.
+        paired_episodes: As in `PairedEnv`; 0: a new episode each time, and plain rewards.
     """
 
     kind: str = "random"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    paired_episodes: int = 0
 
     def __post_init__(self) -> None:
         """Checks the kind; settings are checked when the environment is built."""
@@ -45,6 +48,12 @@ class EnvRecipe:
         """The environment in which the action 0 is this policy, whatever design agents have."""
         return self.with_settings(action_design="residual", base_policy=policy, history=1)
 
+    def paired(self, episodes: int) -> EnvRecipe:
+        """The same for training, where a base policy can be played beside the agent."""
+        has_base = self.settings.get("action_design", "residual") != "absolute"
+        can_pair = has_base and self.kind != "live"
+        return replace(self, paired_episodes=episodes if can_pair else 0)
+
     def build(self) -> ReplayableEnv:
         """One environment.
 
@@ -53,7 +62,9 @@ class EnvRecipe:
         """
         env = gymnasium.make(ENV_IDS[self.kind], disable_env_checker=True, **self.settings)
         # gymnasium's wrapper insists that step follows reset, and has nothing else to add here.
-        monitored = Monitor(env.unwrapped, allow_early_resets=True)
+        monitored: gymnasium.Env[Any, Any] = Monitor(env.unwrapped, allow_early_resets=True)
+        if self.paired_episodes:
+            monitored = PairedEnv(monitored, self.paired_episodes)
         return ReplayableEnv(monitored, replays=self.kind != "live")
 
 

@@ -98,7 +98,8 @@ def open_training(config: RunConfig) -> Iterator[tuple[BaseAlgorithm, VecEnv]]:
 
     A process has room for one live vLLM: there both are the same.
     """
-    vector = held_out = build_vector(config.recipe, config.run.n_envs, workers=config.run.workers)
+    recipe = config.recipe.paired(config.hyperparameters.paired_episodes)
+    vector = held_out = build_vector(recipe, config.run.n_envs, workers=config.run.workers)
     try:
         if config.recipe.kind != "live":
             count = min(config.run.n_envs, config.run.eval_episodes)
