@@ -1,4 +1,4 @@
-"""Training episodes that are compared with the base policy's own: far less chance in the rewards."""
+"""Training episodes compared with the base policy's own: far less chance in the rewards."""
 
 from __future__ import annotations
 
