@@ -61,6 +61,13 @@ def test_a_run_leaves_everything_behind_and_goes_on(
     assert steps == ["step", "0", "32", "48", "64"]
     assert len((out / "command.txt").read_text().splitlines()) == 2
 
+    # A run with no step left is compared and exported again, and nothing else.
+    (out / "evaluation.json").unlink()
+    assert train("--resume", out, *ends) == 0
+    assert (out / "evaluation.json").exists()
+    again = [line.split(",")[0] for line in (out / "evaluations.csv").read_text().splitlines()]
+    assert again == steps
+
 
 def test_tensorboard_shows_how_requests_are_served(config_file: Path, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -135,8 +135,10 @@ class BetweenRollouts(BaseCallback):
         write_model(self.model, last / "model.zip")
 
     def evaluate_now(self) -> Evaluation | None:
-        """Plays held-out episodes; keeps the model where none was better."""
-        if self._evaluate is None:
+        """Plays held-out episodes, once a step; keeps the model where none was better."""
+        before = self._folder.read_rows("evaluations.csv")
+        done = bool(before) and before[-1]["step"] == self.model.num_timesteps
+        if self._evaluate is None or done:
             return None
         with undisturbed():
             result = self._evaluate()

@@ -81,6 +81,7 @@ def train(
             chance=chance,
             progress=progress,
         )
+        between.init_callback(model)  # also where no step is left to learn
         left = config.run.timesteps - model.num_timesteps
         if left > 0:
             callbacks = [between, ServingMetrics(folder, progress)]
