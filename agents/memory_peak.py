@@ -21,7 +21,7 @@ from batchpilot.agents.memory import (
 from batchpilot.agents.parameters import Parameters, parameter
 from batchpilot.agents.survival import Floats
 
-#: Most waiting requests looked at for one decision; further ones are looked at a step later.
+#: Most requests that one look lets in: those that wait, then as many to come of the mean prompt.
 CANDIDATES = 64
 #: A look costs O(N); one every N / 32 steps at most keeps a step O(1) on average.
 SEQUENCES_LOOKED_AT_PER_STEP = 32
@@ -63,9 +63,10 @@ class MemoryPeakPolicy:
 
     Limitations: it does not know a request's own length, only the distribution of all; a shift of
     lengths is learned within some tens of completions. A look at every sequence costs O(N log N),
-    so it grants places to as many waiting requests as fit, and looks again once they are in or
-    after `recheck_steps`; a shut door is tried again when a sequence ends, no more often than every
-    N / 32 steps. One that ends in between makes no room, and a preemption takes the grant back.
+    so it grants places to as many requests as fit, those that wait and then others of the mean
+    prompt, and looks again once they are in or after `recheck_steps`; a shut door is tried again
+    when a sequence ends, no more often than every N / 32 steps. One that ends in between makes no
+    room, and a preemption takes the grant back.
     """
 
     def __init__(
@@ -136,7 +137,10 @@ class MemoryPeakPolicy:
             self._grant = max(0, decision.limits.max_num_seqs - snapshot.running)
             return decision
         self._guesses = False
-        self._grant = self._admissible(snapshot, running, waiting, lengths)
+        # Who comes before the next look shall not wait for it.
+        to_come = SequenceState(0, 0, round(lengths.prompt_mean))
+        candidates = [*waiting, *[to_come] * (CANDIDATES - len(waiting))]
+        self._grant = self._admissible(snapshot, running, candidates, lengths)
         # Once those are in there may be room for more.
         self._must_look = self._grant > 0
         return memory_decision(snapshot, snapshot.running + self._grant, "peak of future memory")

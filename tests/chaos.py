@@ -33,6 +33,8 @@ from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
 STARTUP = BatchLimits(32, 1024)
 LOCAL = "memory"
 WARM_UP_SECONDS = 12.0
+#: A fresh policy has seen nothing yet: what it does at first is not measured.
+SETTLING_SECONDS = 1.5
 #: Tells the command that has begun again which core is the services'.
 SERVICE_CORE = "CHAOS_SERVICE_CORE"
 
@@ -47,7 +49,7 @@ class Outcome:
         local_rate: Tokens per second by the local policy.
         remote_share: Of the steps, those that the service decided, 0 to 1.
         served: Requests served meanwhile.
-        ratio: Tokens per second from the first report to the return, over the local policy's.
+        ratio: Tokens per second from the strike to the return, over the local policy's.
         noise: Those of the local stretch before, over those of the one after.
         back_seconds: From healed to the first lease for a report sent since.
     """
@@ -121,6 +123,7 @@ class Chaos:
         link.policy.attach(engine._hook)
         world.is_local = lambda: engine.decision.source is Source.FALLBACK
         with striking(world, fault) as log:
+            self.traffic.serve(lambda: bool(log.struck_at) or log.over)
             during = self.traffic.serve(lambda: log.over)
         if log.error is not None:
             raise log.error
@@ -129,6 +132,7 @@ class Chaos:
 
     def _serve_locally(self) -> Stretch:
         self._engine.set_policy(PolicySpec.parse(LOCAL).build())
+        self.traffic.serve(after(SETTLING_SECONDS))
         return self.traffic.serve(after(self._local_seconds))
 
 
@@ -175,6 +179,8 @@ def scale_of(fault: Fault, args: argparse.Namespace) -> Scale:
         delay_seconds=5.0,
         lease_seconds=2.0,
         good=STARTUP,
+        report_ms=250,
+        look_seconds=0.05,
     )
 
 
@@ -204,7 +210,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m or tiny")
     parser.add_argument("--seconds", type=float, default=4.0, help="how long most faults last")
     parser.add_argument("--stopped-seconds", type=float, default=30.0, help="SIGSTOP's length")
-    parser.add_argument("--local-seconds", type=float, default=5.0, help="each local stretch")
+    parser.add_argument("--local-seconds", type=float, default=4.0, help="each local stretch")
     parser.add_argument("--only", default="", help="faults whose name holds this text")
     return parser.parse_args(argv)
 

@@ -49,6 +49,8 @@ class Scale:
         delay_seconds: Added to every byte, where it is.
         lease_seconds: The engine's longest lease.
         good: Limits that a well-behaved double answers with.
+        report_ms: How often a double wants reports.
+        look_seconds: How often is looked whether something has come; looking takes time, too.
     """
 
     local: str = "static:max_num_seqs=24"
@@ -58,6 +60,8 @@ class Scale:
     delay_seconds: float = 2.0
     lease_seconds: float = 0.5
     good: BatchLimits = BatchLimits(24, 2048)
+    report_ms: int = 50
+    look_seconds: float = 0.005
 
 
 @dataclass
@@ -103,7 +107,7 @@ class World:
             until_local and not self.is_local()
         ):
             assert time.monotonic() < gives_up_at, self.why()
-            time.sleep(0.005)
+            time.sleep(self.scale.look_seconds)
 
     def serve(self, *arguments: str, policy: str | None = None) -> ServiceProcess:
         """Puts a real service behind the proxy."""
@@ -147,12 +151,12 @@ class World:
         limits = self.scale.good
         return Double(
             answer=lambda r: [lease(r, limits.max_num_seqs, limits.max_num_batched_tokens)],
-            welcome=wire.Welcome(report_interval_ms=50),
+            welcome=wire.Welcome(report_interval_ms=self.scale.report_ms),
         )
 
     def bad_double(self, answer: Callable[[wire.Report], Any]) -> Double:
         """A double that answers as it should not."""
-        return Double(answer=answer, welcome=wire.Welcome(report_interval_ms=50))
+        return Double(answer=answer, welcome=wire.Welcome(report_interval_ms=self.scale.report_ms))
 
     def why(self) -> str:
         """All that may tell why something did not happen."""
@@ -509,7 +513,7 @@ class FaultLog:
         """Waits for a lease whose report was sent after `since`, from a welcome service."""
         link = self.world.link
         assert link is not None
-        while not self.abandon.wait(0.005):
+        while not self.abandon.wait(self.world.scale.look_seconds):
             held = link.client.leases.current
             if held is not None and held.sent_at > since and link.client.stats.connected:
                 return

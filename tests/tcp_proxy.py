@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from contextlib import suppress
 
 
 class Proxy:
@@ -51,6 +52,15 @@ class Proxy:
         self.cut()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        if not self._thread.is_alive():
+            self._loop.run_until_complete(self._end_tasks())
+            self._loop.close()
+
+    async def _end_tasks(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _drop(self) -> None:
         for writer in list(self._writers):
@@ -75,7 +85,8 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers |= {writer, forth}
-        await asyncio.gather(self._pump(reader, forth, False), self._pump(back, writer, True))
+        with suppress(asyncio.CancelledError):  # at the end; Python 3.11 would log it
+            await asyncio.gather(self._pump(reader, forth, False), self._pump(back, writer, True))
         self._writers -= {writer, forth}
 
     async def _pump(

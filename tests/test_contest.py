@@ -145,7 +145,7 @@ def test_the_whole_command_small(folder, capsys, monkeypatch):
     pair = "static:max_num_seqs=16:max_num_batched_tokens=512"
     words = ["--quick", "--seeds", "1", "--workers", "1", "--profiles", PROFILE]
     words += ["--policies", f"predictive,{pair},watermark:0.05", "--work-dir", "kept"]
-    monkeypatch.setattr("batchpilot.env.contest.settings.PAIRED", (("Azure", 3.0, 2000.0),))
+    monkeypatch.setattr("batchpilot.env.contest.settings.PAIRED_SMALL", (("Azure", 3.0, 2000.0),))
     monkeypatch.setattr("batchpilot.env.contest.settings._QUICK_SHARE", 0.15)
     assert main(words) == 0
     content = json.loads(Path("results/predictive.json").read_text())

@@ -122,6 +122,16 @@ def test_those_granted_may_come_in_over_several_steps_and_nobody_beside_them():
     assert queue.reads == 1
 
 
+def test_who_comes_between_two_looks_does_not_wait_for_the_next():
+    policy = taught(output_tokens=200)
+    queue = Queue([SequenceState(96, 100, 0)] * 10, [SequenceState(0, 0, 100)] * 2)
+    assert policy.decide(queue.snapshot()).limits.max_num_seqs >= 15
+    queue.running = queue.running + [SequenceState(100, 1, 0)]  # the token budget took one of two
+    queue.waiting = [SequenceState(0, 0, 100)] * 4  # and three have come
+    assert policy.decide(queue.snapshot()).limits.max_num_seqs >= 15
+    assert queue.reads == 1
+
+
 def test_a_sequence_that_ends_makes_no_room_before_the_next_look():
     policy = taught(output_tokens=200)
     queue = Queue([SequenceState(192, 92, 0)] * 41, [SequenceState(0, 0, 3000)] * 3)

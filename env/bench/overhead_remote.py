@@ -4,8 +4,9 @@ The same saturated scheduler as in `batchpilot.env.bench.overhead`, steered by o
 then through a tuning service that lives, that is dead, and that is killed and started again all
 the time. A service that starts again and again takes a core of this machine, so the local policy is
 also measured beside one that it does not follow. Each is measured in turn, several rounds. Beside
-the time of our code in a step it prints whole steps per second: what the client's thread takes from
-the engine's would show there.
+the time of our code in a step it prints the processor time of all other threads of the process, the
+client's and gRPC's among them, and whole steps per second: what they take from the engine's thread
+would show there.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ class Case:
 
     Attributes:
         ours: Seconds of our code in each step.
+        other_threads: Of a core, what all threads but the engine's took, 0 to 1, of each round.
         steps_per_second: Of each round.
         remote_share: Share of decisions that came from the service, of each round.
     """
 
     ours: list[float] = field(default_factory=list)
+    other_threads: list[float] = field(default_factory=list)
     steps_per_second: list[float] = field(default_factory=list)
     remote_share: list[float] = field(default_factory=list)
 
@@ -128,9 +131,12 @@ def measure(case: str, policy: str, running: int, steps: int, into: Case) -> Non
             scheduler.steps(50)
         gc.collect()
         before, all_before = decisions["remote"], decisions.total()
-        started = time.perf_counter()
+        started, others_before = time.perf_counter(), time.process_time() - time.thread_time()
         ours, _ = scheduler.steps(steps)
-        into.steps_per_second.append(steps / (time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        others = time.process_time() - time.thread_time() - others_before
+        into.steps_per_second.append(steps / seconds)
+        into.other_threads.append(others / seconds)
         share = (decisions["remote"] - before) / (decisions.total() - all_before)
         into.ours += ours
         into.remote_share.append(share)
@@ -140,7 +146,15 @@ def measure(case: str, policy: str, running: int, steps: int, into: Case) -> Non
 def print_table(policy: str, running: int, cases: dict[str, Case]) -> None:
     """Prints the measurements."""
     table = Table(title=f"batchpilot's code in each step, {policy}, {running} running")
-    for heading in ("service", "median us", "mean us", "p99 us", "steps/s", "decided remotely"):
+    for heading in (
+        "service",
+        "median us",
+        "mean us",
+        "p99 us",
+        "other threads",
+        "steps/s",
+        "decided remotely",
+    ):
         table.add_column(heading, justify="left" if heading == "service" else "right")
     for name, case in cases.items():
         table.add_row(
@@ -148,10 +162,11 @@ def print_table(policy: str, running: int, cases: dict[str, Case]) -> None:
             f"{1e6 * statistics.median(case.ours):.1f}",
             f"{1e6 * statistics.fmean(case.ours):.1f}",
             f"{1e6 * float(np.quantile(case.ours, 0.99)):.1f}",
+            f"{100 * statistics.fmean(case.other_threads):.1f} %",
             f"{statistics.median(case.steps_per_second):.0f}",
             f"{100 * statistics.fmean(case.remote_share):.0f} %",
         )
-    Console(width=100).print(table)
+    Console(width=110).print(table)
 
 
 def _free_port() -> int:
