@@ -101,11 +101,11 @@ def test_a_shadow_keeps_what_it_would_apply_and_applies_nothing(server, target):
 def test_steering_moves_the_servers_limits_and_closing_gives_its_policy_back(server, target):
     with ServedEngine(config(target, mode="steer")) as engine:
         engine.apply(BatchLimits(8, 512))
-        assert until(lambda: engine.collect(0.3).limits == BatchLimits(8, 512), 0.5)
+        assert until(lambda: engine.collect(0.3).limits == BatchLimits(8, 512), 2.0)
         engine.apply(BatchLimits(12, 1024))
-        assert until(lambda: engine.collect(0.3).limits == BatchLimits(12, 1024), 0.5)
+        assert until(lambda: engine.collect(0.3).limits == BatchLimits(12, 1024), 2.0)
     with ServedEngine(config(target)) as engine:
-        assert until(lambda: engine.collect(0.3).limits == BatchLimits(20, 2048), 0.5)
+        assert until(lambda: engine.collect(0.3).limits == BatchLimits(20, 2048), 2.0)
 
 
 def play_with_the_middle_action(env):
