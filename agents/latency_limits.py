@@ -7,8 +7,7 @@ from typing import NamedTuple
 from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
-from batchpilot.agents.pace import MeanPace
-from batchpilot.agents.prefill_queue import PrefillQueue
+from batchpilot.agents.slow_steps import SlowSteps
 from batchpilot.agents.step_time import StepTimeEstimator
 
 #: The target is aimed at from below by so many standard deviations of the step time's noise, once
@@ -19,11 +18,6 @@ NOISE_MARGIN = 2.0
 #: noise is above the third.
 TRUSTED_ERROR, DOUBTED_ERROR = 0.1, 0.2
 TOO_NOISY = 0.5
-#: A slow step takes at most so many times what others aim at: longer ones compute hardly more
-#: tokens a second, and a short answer would feel them.
-SLOW_STEP = 2.0
-#: Share of the time to the first token that is planned with.
-TTFT_AIM = 0.9
 #: Steps between two looks at whether the model can be trusted, and at the largest batch; fewer
 #: while it is not: the first blocks it learns from are as short.
 CHECK_STEPS, UNTRUSTED_CHECK_STEPS = 16, 4
@@ -52,8 +46,7 @@ class LatencyLimits:
     where kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence holds on average over its
     life. While nobody decodes, nobody waits for a token, and prefill is not limited.
 
-    With a target for the first token, a step may take twice c where that saves a waiting request's
-    first token and either the late gaps are not spent yet or the mean pace affords it.
+    With a target for the first token, some steps may be slow: see `SlowSteps`.
 
     Before the model is trusted, prefill starts slowly: from the least chunk it doubles while the
     target is kept, and halves when it is not. That also shows the model what it has to know.
@@ -68,14 +61,16 @@ class LatencyLimits:
     ) -> None:
         """Starts without a model."""
         self._target = itl_slo_seconds
-        self._ttft_aim = None if ttft_slo_seconds is None else TTFT_AIM * ttft_slo_seconds
         self._chunk = self._slow_start = min_prefill_chunk
         self._lengths = lengths
         self._late_gaps = LateGapBudget(itl_slo_seconds)
-        self._pace = MeanPace(itl_slo_seconds)
-        self._queue = PrefillQueue()
         self._steps_to_check = 0
         self.step_time = StepTimeEstimator()
+        self._slow_steps: SlowSteps | None = None
+        if ttft_slo_seconds is not None:
+            self._slow_steps = SlowSteps(
+                itl_slo_seconds, ttft_slo_seconds, self._late_gaps, self.step_time
+            )
         self.is_trusted = False
         self.largest_batch = 1
 
@@ -88,9 +83,8 @@ class LatencyLimits:
         """Learns the step's time, and what it spent."""
         self.step_time.observe(step)
         self._late_gaps.observe(step)
-        if self._ttft_aim is not None:
-            self._pace.observe(step)
-            self._queue.observe(step)
+        if self._slow_steps is not None:
+            self._slow_steps.observe(step)
         if not self.is_trusted and step.regular:
             self._start_slowly(step)
 
@@ -99,8 +93,8 @@ class LatencyLimits:
 
         Call it before each step: it also keeps up with who still waits for a first token.
         """
-        if self._ttft_aim is not None:
-            self._queue.update(snapshot)
+        if self._slow_steps is not None:
+            self._slow_steps.update(snapshot)
         self._steps_to_check -= 1
         if self._steps_to_check > 0 or snapshot.decode_seqs < 1:
             return
@@ -117,9 +111,8 @@ class LatencyLimits:
         tokens, reason = self.step_time.largest_prefill(decodes, kv_tokens, aim), FITS
         if tokens < self._chunk:
             tokens, reason = self._chunk, LEAST_CHUNK
-        if self._ttft_aim is not None:
-            more = self._saving(snapshot, tokens, kv_tokens, aim, self._ttft_aim)
-            self._late_gaps.plan(decodes if more else 0)
+        if self._slow_steps is not None:
+            more = self._slow_steps.prefill(snapshot, tokens, kv_tokens, aim)
             if more:
                 return Prefill(more, SLOW)
         return Prefill(tokens, reason)
@@ -129,24 +122,6 @@ class LatencyLimits:
         used = self._late_gaps.used
         margin = NOISE_MARGIN * (used if used < 1.0 else 1.0) * self.step_time.noise
         return self._target / (1 + margin)
-
-    def _saving(
-        self, snapshot: EngineSnapshot, tokens: int, kv_tokens: int, aim: float, ttft_aim: float
-    ) -> int:
-        """Prompt tokens of a slow step, where it saves a first token and is paid for; else 0."""
-        decodes, slow = snapshot.decode_seqs, SLOW_STEP * aim
-        if self._queue.backlog_tokens <= tokens:
-            return 0
-        if not (self._late_gaps.allows(decodes) or self._pace.affords(slow)):
-            return 0
-        more = self.step_time.largest_prefill(decodes, kv_tokens, slow)
-        saves = more > tokens and self._queue.can_be_saved(
-            snapshot.clock_seconds,
-            ttft_aim,
-            tokens_per_second=tokens / aim,
-            at_most=more / slow,
-        )
-        return more if saves else 0
 
     def _start_slowly(self, step: StepRecord) -> None:
         if step.seconds > self._target:
@@ -175,7 +150,8 @@ class LatencyLimits:
         context = snapshot.used_blocks * snapshot.engine.block_size / snapshot.running
         lengths = self._lengths.latest
         if lengths is not None:
-            self._pace.set_life(lengths.mean)
+            if self._slow_steps is not None:
+                self._slow_steps.set_life(lengths.mean)
             grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
             context = max(context, lengths.prompt_mean + grown)
         aim = self._aim()

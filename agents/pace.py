@@ -7,7 +7,7 @@ from batchpilot.agents.limits import StepRecord
 #: Steps averaged over before it is known how long outputs are, and the least number ever.
 FIRST_LIFE_STEPS, SHORTEST_LIFE_STEPS = 128.0, 32.0
 #: Share of the target that the mean may reach: requests live through different stretches of time.
-PACE_AIM = 0.85
+PACE_AIM = 0.92
 
 
 class MeanPace:

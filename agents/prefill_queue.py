@@ -64,22 +64,19 @@ class PrefillQueue:
                 break
             request.since = snapshot.clock_seconds
 
-    def can_be_saved(
-        self, now: float, target_seconds: float, *, tokens_per_second: float, at_most: float
-    ) -> bool:
-        """Whether a request would miss its first token's target at one pace, but not at another.
+    def pace_needed(self, now: float, target_seconds: float, *, at_most: float) -> float:
+        """Prompt tokens a second at which everybody who can be in time is; 0 where nobody can.
 
         Args:
             now: The engine's clock.
             target_seconds: For the time to the first token.
-            tokens_per_second: Pace at which prompt tokens would be computed.
-            at_most: The faster pace.
+            at_most: The fastest pace; who would need more is given up.
         """
-        ahead = 0
+        ahead, needed = 0, 0.0
         for request in islice(self._pending, LOOKED_AT):
             ahead += request.left
             since = now if request.since is None else request.since
             left = target_seconds - (now - since)
-            if ahead / at_most < left < ahead / tokens_per_second:
-                return True
-        return False
+            if needed * left < ahead < at_most * left:
+                needed = ahead / left
+        return needed

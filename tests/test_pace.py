@@ -4,7 +4,7 @@ import pytest
 
 from batchpilot.agents.late_gaps import LATE_SHARE, LateGapBudget
 from batchpilot.agents.limits import StepRecord
-from batchpilot.agents.pace import MeanPace
+from batchpilot.agents.pace import PACE_AIM, MeanPace
 
 
 def step(seconds, decode_seqs=10):
@@ -41,7 +41,7 @@ def test_what_is_scheduled_and_not_back_yet_is_spent_already():
     assert budget.allows(10)
 
 
-@pytest.mark.parametrize("life, slow_steps", [(100, 13), (400, 53)])
+@pytest.mark.parametrize("life, slow_steps", [(100, 16), (400, 65)])
 def test_a_longer_life_affords_more_slow_steps(life, slow_steps):
     pace = MeanPace(0.03)
     pace.set_life(life)
@@ -52,7 +52,7 @@ def test_a_longer_life_affords_more_slow_steps(life, slow_steps):
         pace.observe(step(0.06))
         afforded += 1
     assert afforded == slow_steps
-    assert pace.mean_seconds <= 0.85 * 0.03
+    assert pace.mean_seconds <= PACE_AIM * 0.03
 
 
 def test_nothing_is_afforded_before_something_is_saved():

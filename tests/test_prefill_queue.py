@@ -1,5 +1,6 @@
 """Who waits for a first token: followed from counts alone, in order of arrival."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,22 +42,27 @@ def test_a_prefix_cache_hit_is_forgotten_once_the_prompt_is_done():
     assert waiting.backlog_tokens == 300
 
 
-def saved(waiting, now, slow, fast):
-    return waiting.can_be_saved(now, 1.0, tokens_per_second=slow, at_most=fast)
+def needed(waiting, now, at_most=1e9):
+    return waiting.pace_needed(now, 1.0, at_most=at_most)
 
 
-def test_a_request_is_saved_where_only_the_faster_pace_is_in_time():
+def test_the_pace_needed_is_that_of_whoever_needs_the_fastest():
     waiting = queue(1000, 1000)
-    assert saved(waiting, 0.5, slow=3000, fast=5000)  # the second: 0.67 s or 0.4 s of 0.5 s left
-    assert not saved(waiting, 0.5, slow=5000, fast=9000)  # in time as it is
-    assert not saved(waiting, 0.9, slow=3000, fast=5000)  # both are lost
-    assert not saved(waiting, 1.1, slow=1e9, fast=2e9)
+    assert needed(waiting, 0.5) == 4000  # the second: 2,000 tokens in the half second left
+    assert needed(waiting, 0.8) == pytest.approx(10_000)
+
+
+def test_who_cannot_be_in_time_hastens_nobody():
+    waiting = queue(1000, 1000)
+    assert needed(waiting, 0.5, at_most=3000) == 2000  # the first alone
+    assert needed(waiting, 0.5, at_most=1900) == 0
+    assert needed(waiting, 1.1) == 0
 
 
 def test_waiting_counts_from_when_a_request_was_first_seen():
     waiting = queue(1000, clock=5.0)
-    assert not saved(waiting, 5.1, slow=2000, fast=4000)
-    assert saved(waiting, 5.6, slow=2000, fast=4000)
+    assert needed(waiting, 5.0) == pytest.approx(1000)
+    assert needed(waiting, 5.5) == pytest.approx(2000)
 
 
 @settings(max_examples=100, deadline=None)
