@@ -27,6 +27,8 @@ CANDIDATES = 64
 SEQUENCES_LOOKED_AT_PER_STEP = 32
 #: An estimate whose stated error is larger is not used: the first completions are enough.
 LARGEST_RELATIVE_ERROR = 1.0
+#: Overflows risked, at most, while as many requests are let in as run.
+OVERFLOWS_PER_TURNOVER = 4.0
 #: Until lengths are known, sequences are taken to grow by a third of what they hold.
 COLD_START_MEMORY_FACTOR = 0.75
 
@@ -36,7 +38,7 @@ class MemoryPeakParameters(Parameters):
     """Parameters of `memory-peak`."""
 
     memory_overflow_probability: float = parameter(
-        0.15, above=0, below=0.5, help="eps_M: how often the peak to come may overflow"
+        0.15, above=0, below=0.5, help="eps_M: how often the peak to come may overflow, at most"
     )
     recheck_steps: int = parameter(
         16, minimum=1, help="steps after which a closed door is tried again without an event"
@@ -53,8 +55,10 @@ class MemoryPeakPolicy:
 
         max over t of sum (c_i + t) p_i + theta sqrt(sum (c_i + t)^2 p_i (1 - p_i)) <= eta
 
-    with theta = PhiInv(1 - eps_M). c_i counts blocks really held: what prefix caching shares or
-    block ends waste is scaled in.
+    with theta = PhiInv(1 - min(eps_M, `OVERFLOWS_PER_TURNOVER` / N)): about every request's coming
+    is such a bet, and a larger batch, which gains less by one more, makes more of them while it is
+    replaced once. c_i counts blocks really held: what prefix caching shares or block ends waste is
+    scaled in.
 
     Regimes: until lengths are known to within `LARGEST_RELATIVE_ERROR` it is `memory` with three
     quarters of the cache to fill, as if every sequence were to grow by a third. Then it lets a
@@ -76,7 +80,7 @@ class MemoryPeakPolicy:
         cold_start_memory_factor: float = COLD_START_MEMORY_FACTOR,
     ) -> None:
         """Starts without lengths, or with an estimator that another policy reads too."""
-        self._theta = NormalDist().inv_cdf(1 - params.memory_overflow_probability)
+        self._overflow_probability = params.memory_overflow_probability
         self._recheck_steps = params.recheck_steps
         self._by_blocks = MemoryPolicy(MemoryParameters(memory_factor=cold_start_memory_factor))
         self._lengths = lengths or LengthEstimator()
@@ -163,8 +167,13 @@ class MemoryPeakPolicy:
             Growing((new_computed + new_left) * scale, new_ages),
             lengths.output,
             capacity=snapshot.engine.kv_capacity_tokens,
-            deviations=self._theta,
+            deviations=self._deviations(len(running)),
         )
+
+    def _deviations(self, running: int) -> float:
+        """Standard deviations kept in reserve beside so many sequences."""
+        risked = min(self._overflow_probability, OVERFLOWS_PER_TURNOVER / running)
+        return NormalDist().inv_cdf(1 - risked)
 
 
 def _columns(sequences: Sequence[SequenceState]) -> Floats:

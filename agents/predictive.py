@@ -31,7 +31,7 @@ class PredictiveParameters(Parameters):
         None, above=0, help="time-to-first-token target, beside itl_slo_ms"
     )
     memory_overflow_probability: float = parameter(
-        0.15, above=0, below=0.5, help="eps_M: how often the peak to come may overflow"
+        0.15, above=0, below=0.5, help="eps_M: how often the peak to come may overflow, at most"
     )
     min_prefill_chunk: int = parameter(
         64, minimum=1, help="prompt tokens a step always has room for beside its decodes"

@@ -79,20 +79,25 @@ def test_old_sequences_about_to_end_leave_more_room_than_young_ones():
     assert limits[0] > limits[1] >= 20
 
 
+def admitted(epsilon, running=20):
+    policy = MemoryPeakPolicy(MemoryPeakParameters(memory_overflow_probability=epsilon))
+    for length in np.ceil(np.random.default_rng(1).exponential(150, 400)).astype(int):
+        finished = (FinishedRequest(100, int(length), True),)
+        policy.observe(step(finished=finished, arrived=(100,)))
+    ages = np.random.default_rng(0).integers(1, 150, running).tolist()
+    queue = Queue(
+        [SequenceState(100 + age, age, 0) for age in ages], [SequenceState(0, 0, 100)] * 60
+    )
+    return policy.decide(queue.snapshot()).limits.max_num_seqs
+
+
 def test_a_smaller_overflow_probability_admits_fewer():
-    rng = np.random.default_rng(0)
-    limits = []
-    for epsilon in (0.01, 0.1, 0.4):
-        policy = MemoryPeakPolicy(MemoryPeakParameters(memory_overflow_probability=epsilon))
-        for length in np.ceil(np.random.default_rng(1).exponential(150, 400)).astype(int):
-            finished = (FinishedRequest(100, int(length), True),)
-            policy.observe(step(finished=finished, arrived=(100,)))
-        ages = rng.integers(1, 150, 20).tolist()
-        running = [SequenceState(100 + age, age, 0) for age in ages]
-        queue = Queue(running, [SequenceState(0, 0, 100)] * 60)
-        limits.append(policy.decide(queue.snapshot()).limits.max_num_seqs)
-    assert limits == sorted(limits)
-    assert limits[0] < limits[-1]
+    assert admitted(0.01) < admitted(0.08) < admitted(0.2)
+
+
+def test_while_a_batch_is_replaced_once_no_more_than_a_few_overflows_are_risked():
+    assert admitted(0.4, running=20) == admitted(4 / 20, running=20)
+    assert admitted(0.2, running=25) == admitted(4 / 25, running=25)
 
 
 def test_it_reads_the_sequences_only_when_an_admission_is_at_hand():
