@@ -15,6 +15,8 @@ from batchpilot.agents.step_time import StepTimeEstimator
 #: Until lengths are known: Algorithm 1's own share. A shut door surely costs a first token, or
 #: throughput; an overflow may cost one request its pace.
 COLD_START_MEMORY_FACTOR = 0.95
+#: eps_M, without a target for the first token and with one: the same holds for a shut door later.
+OVERFLOW_PROBABILITY, OVERFLOW_PROBABILITY_WITH_TTFT = 0.15, 0.45
 COLD = "the step time is not known well enough"
 LARGER_BATCH = "predicted step time of a larger batch"
 PEAK = "peak of future memory"
@@ -30,8 +32,12 @@ class PredictiveParameters(Parameters):
     ttft_slo_ms: float | None = parameter(
         None, above=0, help="time-to-first-token target, beside itl_slo_ms"
     )
-    memory_overflow_probability: float = parameter(
-        0.15, above=0, below=0.5, help="eps_M: how often the peak to come may overflow, at most"
+    memory_overflow_probability: float | None = parameter(
+        None,
+        above=0,
+        below=0.5,
+        help="eps_M: how often the peak to come may overflow, at most; 0.15 if left out, or 0.45 "
+        "with ttft_slo_ms",
     )
     min_prefill_chunk: int = parameter(
         64, minimum=1, help="prompt tokens a step always has room for beside its decodes"
@@ -57,9 +63,7 @@ class PredictivePolicy:
     def __init__(self, params: PredictiveParameters) -> None:
         """Starts without a model."""
         lengths = LengthEstimator()
-        memory = MemoryPeakParameters(
-            memory_overflow_probability=params.memory_overflow_probability
-        )
+        memory = MemoryPeakParameters(memory_overflow_probability=_overflow_probability(params))
         self._memory = MemoryPeakPolicy(memory, lengths, COLD_START_MEMORY_FACTOR)
         self._latency: LatencyLimits | None = None
         if params.itl_slo_ms is not None:
@@ -131,3 +135,10 @@ class PredictivePolicy:
         ):
             self._decision = held = Decision(BatchLimits(seqs, tokens), source, reason)
         return held
+
+
+def _overflow_probability(params: PredictiveParameters) -> float:
+    """What is asked for, else what suits the targets."""
+    if params.memory_overflow_probability is not None:
+        return params.memory_overflow_probability
+    return OVERFLOW_PROBABILITY if params.ttft_slo_ms is None else OVERFLOW_PROBABILITY_WITH_TTFT
