@@ -112,7 +112,7 @@ compat: setup  ## prove the vLLM adapter against the sources of other releases (
 bench-training: setup  ## environment steps per second of training, in one and two processes
 	$(BIN)/python -m batchpilot.agents.training.bench_training
 
-# Trains beyond a small GPU's capacity, compares on seeds it has not seen, and serves what came of it.
+# Trains around one large GPU's capacity, compares on seeds it has not seen, and serves what came of it.
 train-demo: setup  ## trains an agent, compares it, serves it to a live vLLM: about 15 minutes
 	rm -rf results/train-demo
 	$(BIN)/batchpilot train --config demo --timesteps 8192 --eval-every 2048 --checkpoint-every 2048 \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from batchpilot.agents.late_gaps import LateGapBudget
@@ -41,9 +42,10 @@ class LatencyLimits:
     c = tau / (1 + 2 u sigma), D decodes about to run and K tokens in the KV cache:
 
         prefill = max(chunk, largest P with t(D, P, K) <= c)
-        largest batch = largest b with t(b, chunk, b kappa) <= c
+        largest batch = largest b with t(b, min(chunk, b E[in] / E[out]), b kappa) <= c
 
-    where kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence holds on average over its
+    where b E[in] / E[out] is the prefill of a step in balance, each prompt spread over its output,
+    and kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence holds on average over its
     life. While nobody decodes, nobody waits for a token, and prefill is not limited.
 
     With a target for the first token, some steps may be slow: see `SlowSteps`.
@@ -146,10 +148,11 @@ class LatencyLimits:
         )
 
     def _largest_batch(self, snapshot: EngineSnapshot) -> int:
-        """The largest b whose decode step, with the least chunk, is within the time."""
+        """The largest b whose step, with the prefill that b sequences bring, is within the time."""
         context = snapshot.used_blocks * snapshot.engine.block_size / snapshot.running
-        lengths = self._lengths.latest
+        lengths, prompt_share = self._lengths.latest, math.inf
         if lengths is not None:
+            prompt_share = lengths.prompt_mean / lengths.mean
             if self._slow_steps is not None:
                 self._slow_steps.set_life(lengths.mean)
             grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
@@ -158,7 +161,8 @@ class LatencyLimits:
         fits, too_many = 1, snapshot.engine.startup_limits.max_num_seqs + 1
         while too_many - fits > 1:
             tried = (fits + too_many) // 2
-            if self.step_time.predict(tried, self._chunk, int(tried * context)) <= aim:
+            prefill = int(min(self._chunk, tried * prompt_share))
+            if self.step_time.predict(tried, prefill, int(tried * context)) <= aim:
                 fits = tried
             else:
                 too_many = tried
