@@ -11,6 +11,7 @@ from batchpilot.agents.limits import (
     BatchLimits,
     EngineFacts,
     EngineSnapshot,
+    FinishedRequest,
     SequenceState,
     Source,
     StepRecord,
@@ -123,6 +124,19 @@ def test_the_largest_batch_keeps_the_target_beside_the_least_chunk():
     batch = decision.limits.max_num_seqs
     assert decision.reason == LARGER_BATCH
     assert SECONDS(batch, 64, batch * 500) < 0.014 < SECONDS(batch + 8, 64, (batch + 8) * 500)
+
+
+def test_sequences_that_seldom_prefill_may_be_more():
+    limits = []
+    for prompt_tokens in (640, 20):  # beside outputs of 200 tokens: 3.2 or 0.1 a step and sequence
+        policy = taught()
+        for _ in range(40):
+            finished = (FinishedRequest(prompt_tokens, 200, True),)
+            policy.observe(step(20, 0, finished=finished, arrived=(prompt_tokens,)))
+        for _ in range(2 * CHECK_STEPS):
+            decision = policy.decide(snapshot(30, waiting=50, context=800))
+        limits.append(decision.limits.max_num_seqs)
+    assert 30 < limits[0] < limits[1] < 94
 
 
 def test_where_the_target_leaves_nothing_the_least_chunk_goes_on_and_the_reason_says_so():
