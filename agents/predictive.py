@@ -57,7 +57,8 @@ class PredictivePolicy:
 
     Limitations: where even the least chunk beside the running decodes misses the target, the limits
     only keep more sequences out: nobody is thrown out of the batch. Noise in the step time costs
-    capacity, since it is aimed at from below.
+    capacity, since it is aimed at from below. A target that the hardware keeps for one or two
+    sequences only is kept for them, while all others wait: give it one that a batch can keep.
     """
 
     def __init__(self, params: PredictiveParameters) -> None:
