@@ -8,6 +8,7 @@ from typing import NamedTuple
 from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
+from batchpilot.agents.prefill_queue import PrefillQueue
 from batchpilot.agents.slow_steps import SlowSteps
 from batchpilot.agents.step_time import StepTimeEstimator
 
@@ -23,6 +24,9 @@ TOO_NOISY = 0.5
 #: while it is not: the first blocks it learns from are as short.
 CHECK_STEPS, UNTRUSTED_CHECK_STEPS = 16, 4
 
+#: A target is given up for so many times the throughput, no less.
+WORTH_GIVING_UP = 1.5
+
 FITS = "largest prefill within the target"
 LEAST_CHUNK = "the least chunk: the target leaves no more"
 SLOW = "a late first token is worth a slow step"
@@ -33,6 +37,13 @@ class Prefill(NamedTuple):
 
     tokens: int
     reason: str
+
+
+class _Load(NamedTuple):
+    """What a sequence brings on average: KV tokens, and prompt tokens for each output token."""
+
+    context: float
+    prompt_share: float
 
 
 class LatencyLimits:
@@ -48,7 +59,13 @@ class LatencyLimits:
     and kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence holds on average over its
     life. While nobody decodes, nobody waits for a token, and prefill is not limited.
 
-    With a target for the first token, some steps may be slow: see `SlowSteps`.
+    With a target for the first token, some steps may be slow: see `SlowSteps`. And with one the
+    targets are given up where nobody meets both any more and they cost much throughput: once the
+    first token of everybody who runs was late, and so is that of the oldest who waits, and all of
+    them together would give `WORTH_GIVING_UP` times the tokens a second that steps in time can.
+    They hold again once nobody waits and no more run than they allow. In balance b sequences give
+
+        b / t(b, b E[in] / E[out], b kappa)
 
     Before the model is trusted, prefill starts slowly: from the least chunk it doubles while the
     target is kept, and halves when it is not. That also shows the model what it has to know.
@@ -68,12 +85,13 @@ class LatencyLimits:
         self._late_gaps = LateGapBudget(itl_slo_seconds)
         self._steps_to_check = 0
         self.step_time = StepTimeEstimator()
+        self._queue: PrefillQueue | None = None
         self._slow_steps: SlowSteps | None = None
         if ttft_slo_seconds is not None:
-            self._slow_steps = SlowSteps(
-                itl_slo_seconds, ttft_slo_seconds, self._late_gaps, self.step_time
-            )
+            self._queue = queue = PrefillQueue(ttft_slo_seconds)
+            self._slow_steps = SlowSteps(itl_slo_seconds, queue, self._late_gaps, self.step_time)
         self.is_trusted = False
+        self.is_given_up = False
         self.largest_batch = 1
 
     @property
@@ -84,8 +102,10 @@ class LatencyLimits:
     def observe(self, step: StepRecord) -> None:
         """Learns the step's time, and what it spent."""
         self.step_time.observe(step)
-        self._late_gaps.observe(step)
-        if self._slow_steps is not None:
+        if not self.is_given_up:
+            self._late_gaps.observe(step)
+        if self._queue is not None and self._slow_steps is not None:
+            self._queue.observe(step)
             self._slow_steps.observe(step)
         if not self.is_trusted and step.regular:
             self._start_slowly(step)
@@ -95,15 +115,21 @@ class LatencyLimits:
 
         Call it before each step: it also keeps up with who still waits for a first token.
         """
-        if self._slow_steps is not None:
-            self._slow_steps.update(snapshot)
+        queue = self._queue
+        if queue is not None:
+            queue.update(snapshot)
+            if self.is_given_up:
+                self.is_given_up = snapshot.waiting > 0 or snapshot.running > self.largest_batch
         self._steps_to_check -= 1
         if self._steps_to_check > 0 or snapshot.decode_seqs < 1:
             return
         self.is_trusted = self._deserves_trust(snapshot)
         self._steps_to_check = CHECK_STEPS if self.is_trusted else UNTRUSTED_CHECK_STEPS
         if self.is_trusted:
-            self.largest_batch = self._largest_batch(snapshot)
+            load = self._load(snapshot)
+            self.largest_batch = self._largest_batch(snapshot, load, self._chunk)
+            if queue is not None and _serves_nobody(queue, snapshot):
+                self.is_given_up = self.is_given_up or self._costs_much(snapshot, load)
 
     def prefill(self, snapshot: EngineSnapshot) -> Prefill:
         """Prompt tokens that the step about to be scheduled has time for, beside its decodes."""
@@ -147,23 +173,51 @@ class LatencyLimits:
             and model.relative_error(decodes, 0, kv_tokens) <= bound
         )
 
-    def _largest_batch(self, snapshot: EngineSnapshot) -> int:
-        """The largest b whose step, with the prefill that b sequences bring, is within the time."""
+    def _load(self, snapshot: EngineSnapshot) -> _Load:
+        """Of the sequences that run, or of a whole life where that is more."""
         context = snapshot.used_blocks * snapshot.engine.block_size / snapshot.running
-        lengths, prompt_share = self._lengths.latest, math.inf
-        if lengths is not None:
-            prompt_share = lengths.prompt_mean / lengths.mean
-            if self._slow_steps is not None:
-                self._slow_steps.set_life(lengths.mean)
-            grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
-            context = max(context, lengths.prompt_mean + grown)
+        lengths = self._lengths.latest
+        if lengths is None:
+            return _Load(context, math.inf)
+        if self._slow_steps is not None:
+            self._slow_steps.set_life(lengths.mean)
+        grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
+        return _Load(max(context, lengths.prompt_mean + grown), lengths.prompt_mean / lengths.mean)
+
+    def _largest_batch(self, snapshot: EngineSnapshot, load: _Load, most_prefill: float) -> int:
+        """The largest b whose step, with the prefill that b sequences bring, is within the time."""
         aim = self._aim()
         fits, too_many = 1, snapshot.engine.startup_limits.max_num_seqs + 1
         while too_many - fits > 1:
             tried = (fits + too_many) // 2
-            prefill = int(min(self._chunk, tried * prompt_share))
-            if self.step_time.predict(tried, prefill, int(tried * context)) <= aim:
+            if self._step_seconds(tried, load, most_prefill) <= aim:
                 fits = tried
             else:
                 too_many = tried
         return fits
+
+    def _step_seconds(self, batch: int, load: _Load, most_prefill: float) -> float:
+        prefill = min(most_prefill, batch * load.prompt_share)
+        return self.step_time.predict(batch, int(prefill), int(batch * load.context))
+
+    def _costs_much(self, snapshot: EngineSnapshot, load: _Load) -> bool:
+        """Whether all who are here would give far more tokens a second than steps in time can."""
+        if math.isinf(load.prompt_share):
+            return False
+        most = snapshot.engine.startup_limits
+        everybody = min(snapshot.running + snapshot.waiting, most.max_num_seqs)
+        held = self._largest_batch(snapshot, load, most.max_num_batched_tokens)
+        in_time, at_once = (
+            batch / self._step_seconds(batch, load, most.max_num_batched_tokens)
+            for batch in (held, everybody)
+        )
+        return at_once >= WORTH_GIVING_UP * in_time
+
+
+def _serves_nobody(queue: PrefillQueue, snapshot: EngineSnapshot) -> bool:
+    """Whether nobody who is here can meet both targets, by what their first tokens tell."""
+    return (
+        queue.late_in_a_row >= snapshot.running
+        and snapshot.waiting > 0
+        and queue.oldest_is_late(snapshot.clock_seconds)
+    )

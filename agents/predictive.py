@@ -20,6 +20,7 @@ OVERFLOW_PROBABILITY, OVERFLOW_PROBABILITY_WITH_TTFT = 0.15, 0.45
 COLD = "the step time is not known well enough"
 LARGER_BATCH = "predicted step time of a larger batch"
 PEAK = "peak of future memory"
+GIVEN_UP = "all first tokens came too late: throughput before latency until the queue is gone"
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class PredictivePolicy:
     Regimes: without a latency target it is `memory-peak` with the start-up token budget. With one,
     `memory+sla` decides the sequence limit until the step time can be trusted, and again when its
     innovations or its own stated error say that it cannot; `Decision.source` and the reason tell.
-    Under more load than the target allows, running sequences keep their pace and others wait.
+    Under more load than the target allows, running sequences keep their pace and others wait; with
+    a target for the first token too, until everybody's was late: see `LatencyLimits`.
 
     Limitations: where even the least chunk beside the running decodes misses the target, the limits
     only keep more sequences out: nobody is thrown out of the batch. Noise in the step time costs
-    capacity, since it is aimed at from below. A target that the hardware keeps for one or two
-    sequences only is kept for them, while all others wait: give it one that a batch can keep.
+    capacity, since it is aimed at from below. Without a target for the first token, one between
+    tokens that the hardware keeps for one or two sequences only is kept for them, while all others
+    wait: give it one that a batch can keep.
     """
 
     def __init__(self, params: PredictiveParameters) -> None:
@@ -90,7 +93,8 @@ class PredictivePolicy:
         self._memory.observe(step)
         if self._latency is not None:
             self._latency.observe(step)
-            self._guard.observe(step)
+            if not self._latency.is_trusted:
+                self._guard.observe(step)
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
         """Both limits of the step about to be scheduled."""
@@ -99,6 +103,9 @@ class PredictivePolicy:
             limits = memory.limits
             return self._decided(limits.max_num_seqs, limits.max_num_batched_tokens, memory.reason)
         latency.check(snapshot)
+        if latency.is_given_up:
+            limits = memory.limits
+            return self._decided(limits.max_num_seqs, limits.max_num_batched_tokens, GIVEN_UP)
         if not latency.is_trusted:
             return self._guarded(snapshot, latency.slow_start_tokens)
         seqs, reason = memory.limits.max_num_seqs, PEAK

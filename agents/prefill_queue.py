@@ -31,12 +31,22 @@ class PrefillQueue:
     cache holds is taken to be computed whole, and a priority queue to be in order of arrival: both
     make it expect a first token later than it comes. A preempted request counts as one that never
     had a token, if it is known at all.
+
+    Attributes:
+        backlog_tokens: Prompt tokens still to compute.
+        late_in_a_row: First tokens that came too late since the last one in time.
     """
 
-    def __init__(self) -> None:
-        """Starts empty."""
+    def __init__(self, target_seconds: float) -> None:
+        """Starts empty.
+
+        Args:
+            target_seconds: For the time to the first token.
+        """
+        self._target = target_seconds
         self._pending: deque[_Pending] = deque()
         self.backlog_tokens = 0
+        self.late_in_a_row = 0
 
     def observe(self, step: StepRecord) -> None:
         """Takes in arrivals, and gives the oldest the prompt tokens that were computed."""
@@ -56,27 +66,37 @@ class PrefillQueue:
 
     def update(self, snapshot: EngineSnapshot) -> None:
         """Forgets those that have had their first token, and stamps those that are new."""
-        pending = self._pending
+        pending, now = self._pending, snapshot.clock_seconds
         for _ in range(len(pending) - snapshot.waiting - snapshot.prefill_seqs):
-            self.backlog_tokens -= pending.popleft().left
+            request = pending.popleft()
+            self.backlog_tokens -= request.left
+            self.late_in_a_row = self.late_in_a_row + 1 if self._is_late(request, now) else 0
         for request in reversed(pending):
             if request.since is not None:
                 break
-            request.since = snapshot.clock_seconds
+            request.since = now
 
-    def pace_needed(self, now: float, target_seconds: float, *, at_most: float) -> float:
+    def oldest_is_late(self, now: float) -> bool:
+        """Whether somebody waits whose first token can no longer be in time."""
+        return bool(self._pending) and self._is_late(self._pending[0], now)
+
+    def _is_late(self, request: _Pending, now: float) -> bool:
+        return request.since is not None and now - request.since > self._target
+
+    def pace_needed(self, now: float, *, share: float, at_most: float) -> float:
         """Prompt tokens a second at which everybody who can be in time is; 0 where nobody can.
 
         Args:
             now: The engine's clock.
-            target_seconds: For the time to the first token.
+            share: Of the target, that is planned with.
             at_most: The fastest pace; who would need more is given up.
         """
+        planned = share * self._target
         ahead, needed = 0, 0.0
         for request in islice(self._pending, LOOKED_AT):
             ahead += request.left
             since = now if request.since is None else request.since
-            left = target_seconds - (now - since)
+            left = planned - (now - since)
             if needed * left < ahead < at_most * left:
                 needed = ahead / left
         return needed

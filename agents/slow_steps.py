@@ -29,7 +29,7 @@ class SlowSteps:
     def __init__(
         self,
         itl_slo_seconds: float,
-        ttft_slo_seconds: float,
+        queue: PrefillQueue,
         late_gaps: LateGapBudget,
         step_time: StepTimeEstimator,
     ) -> None:
@@ -37,15 +37,14 @@ class SlowSteps:
 
         Args:
             itl_slo_seconds: Target between tokens.
-            ttft_slo_seconds: Target for the first one.
-            late_gaps: What may be late; its owner shows it the steps.
-            step_time: Learned elsewhere.
+            queue: Who waits for a first one.
+            late_gaps: What may be late.
+            step_time: What steps take. All three are shown the steps by their owner.
         """
-        self._ttft_aim = TTFT_AIM * ttft_slo_seconds
+        self._queue = queue
         self._late_gaps = late_gaps
         self._step_time = step_time
         self._pace = MeanPace(itl_slo_seconds)
-        self._queue = PrefillQueue()
         self._lacking = 0.0
 
     def set_life(self, output_tokens: float) -> None:
@@ -55,11 +54,6 @@ class SlowSteps:
     def observe(self, step: StepRecord) -> None:
         """Takes a step in."""
         self._pace.observe(step)
-        self._queue.observe(step)
-
-    def update(self, snapshot: EngineSnapshot) -> None:
-        """Takes in who waits now, before each step."""
-        self._queue.update(snapshot)
 
     def prefill(self, snapshot: EngineSnapshot, usual: int, kv_tokens: int, aim: float) -> int:
         """Prompt tokens of the step about to be scheduled, if it is to be slow; else 0.
@@ -84,7 +78,7 @@ class SlowSteps:
         if many > most:
             many, slow = most, self._step_time.predict(decodes, most, kv_tokens)
         now = snapshot.clock_seconds
-        needed = self._queue.pace_needed(now, self._ttft_aim, at_most=many / slow)
+        needed = self._queue.pace_needed(now, share=TTFT_AIM, at_most=many / slow)
         lacking = needed * aim - usual
         if lacking <= 0:
             self._lacking = 0.0

@@ -16,7 +16,13 @@ from batchpilot.agents.limits import (
     Source,
     StepRecord,
 )
-from batchpilot.agents.predictive import COLD, LARGER_BATCH, PredictiveParameters, PredictivePolicy
+from batchpilot.agents.predictive import (
+    COLD,
+    GIVEN_UP,
+    LARGER_BATCH,
+    PredictiveParameters,
+    PredictivePolicy,
+)
 from batchpilot.env.bench.measure import Slo
 from batchpilot.env.bench.runner import TimedRequest, replay
 from batchpilot.env.profiles import load_profile
@@ -185,9 +191,67 @@ def test_first_tokens_that_come_in_time_anyway_get_no_slow_step():
     assert burst(taught(ttft_slo_ms=1000.0), 7).reason != SLOW
 
 
+def overloaded(policy, *, in_time=0, running=30, waiting=50):
+    """All first tokens were late but so many of the first, and the oldest who waits is late too."""
+    finished = (FinishedRequest(400, 200, True),)
+    for _ in range(40):
+        policy.observe(step(20, 0, finished=finished, arrived=(400,)))
+    policy.observe(step(20, 0, arrived=(400,) * (running + waiting - 40)))
+    everybody = running + waiting
+    policy.decide(snapshot(0, waiting=everybody, clock=10.0))
+    policy.decide(snapshot(in_time, waiting=everybody - in_time, clock=10.1))
+    return checked(policy, running, waiting, clock=12.0)
+
+
+def checked(policy, running, waiting, clock):
+    """The decision, once it has been looked at whether the targets are worth holding."""
+    for _ in range(CHECK_STEPS):
+        decision = policy.decide(snapshot(running, waiting=waiting, clock=clock))
+    return decision
+
+
+#: Leaves room for 16 sequences, which make a third of the tokens a second that 80 make.
+TIGHT_MS = 8.0
+
+
+def test_where_nobody_meets_a_target_that_costs_most_of_the_throughput_it_is_given_up():
+    policy = taught(TIGHT_MS, ttft_slo_ms=1000.0)
+    decision = overloaded(policy)
+    assert decision.reason == GIVEN_UP
+    assert decision.limits.max_num_batched_tokens == 2048
+    assert decision.limits.max_num_seqs > 80  # what memory allows
+    late = policy._latency._late_gaps.late_share
+    policy.observe(step(60, 2000))
+    assert policy._latency._late_gaps.late_share == late  # there was nobody whom it cost a target
+
+
+def test_a_target_that_costs_little_throughput_is_held_although_nobody_meets_it():
+    assert overloaded(taught(20.0, ttft_slo_ms=1000.0)).reason != GIVEN_UP
+
+
+def test_a_target_holds_again_once_the_queue_is_gone_and_the_batch_as_small_as_it_allows():
+    policy = taught(TIGHT_MS, ttft_slo_ms=1000.0)
+    overloaded(policy)
+    for running, waiting in ((10, 1), (60, 0)):
+        seen = snapshot(running, waiting=waiting, clock=13.0)
+        assert policy.decide(seen).reason == GIVEN_UP
+    assert policy.decide(snapshot(10, waiting=0, clock=13.1)).reason != GIVEN_UP
+    assert checked(policy, 10, 9, clock=13.2).reason != GIVEN_UP
+
+
+def test_one_first_token_in_time_is_enough_to_hold_the_target():
+    policy = taught(TIGHT_MS, ttft_slo_ms=1000.0)
+    assert overloaded(policy, in_time=1).reason != GIVEN_UP
+    assert checked(policy, 29, 50, clock=12.1).reason == GIVEN_UP  # it has ended
+
+
+def test_without_a_target_for_the_first_token_the_one_between_tokens_is_never_given_up():
+    assert overloaded(taught(TIGHT_MS)).reason != GIVEN_UP
+
+
 def test_without_a_target_it_is_memory_peak_with_the_start_up_budget():
     ours = PredictivePolicy(PredictiveParameters())
-    theirs = PolicySpec.parse("memory-peak:memory_overflow_probability=0.45").build()
+    theirs = PolicySpec.parse("memory-peak").build()
     for running in (1, 8, 40, 41, 120):
         for policy in (ours, theirs):
             policy.observe(step(running, 0))

@@ -19,7 +19,7 @@ def step(prefill_tokens=0, arrived=()):
 
 
 def queue(*prompts, clock=0.0):
-    waiting = PrefillQueue()
+    waiting = PrefillQueue(1.0)
     waiting.observe(step(arrived=prompts))
     waiting.update(snapshot(clock, len(prompts)))
     return waiting
@@ -43,7 +43,7 @@ def test_a_prefix_cache_hit_is_forgotten_once_the_prompt_is_done():
 
 
 def needed(waiting, now, at_most=1e9):
-    return waiting.pace_needed(now, 1.0, at_most=at_most)
+    return waiting.pace_needed(now, share=1.0, at_most=at_most)
 
 
 def test_the_pace_needed_is_that_of_whoever_needs_the_fastest():
@@ -65,10 +65,23 @@ def test_waiting_counts_from_when_a_request_was_first_seen():
     assert needed(waiting, 5.5) == pytest.approx(2000)
 
 
+def test_first_tokens_that_came_too_late_are_counted_until_one_is_in_time():
+    waiting = queue(100, 100, 100, clock=5.0)  # the target is a second
+    assert not waiting.oldest_is_late(6.0)
+    assert waiting.oldest_is_late(6.1)
+    waiting.update(snapshot(6.1, 1))
+    assert waiting.late_in_a_row == 2
+    waiting.observe(step(arrived=(100,)))
+    waiting.update(snapshot(6.2, 2))
+    waiting.update(snapshot(6.3, 0))  # one late again, and one that came at 6.2
+    assert waiting.late_in_a_row == 0
+    assert not waiting.oldest_is_late(99.0)  # nobody waits
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3000), st.integers(0, 6)), max_size=40))
 def test_the_backlog_is_never_negative_and_is_gone_when_nobody_waits(events):
-    waiting = PrefillQueue()
+    waiting = PrefillQueue(1.0)
     for clock, (arrivals, computed, count) in enumerate(events):
         waiting.observe(step(computed, arrived=(500,) * arrivals))
         waiting.update(snapshot(float(clock), count))
