@@ -25,7 +25,7 @@ TOO_NOISY = 0.5
 CHECK_STEPS, UNTRUSTED_CHECK_STEPS = 16, 4
 
 #: A target is given up for so many times the throughput, no less.
-WORTH_GIVING_UP = 1.5
+WORTH_GIVING_UP = 2.0
 
 FITS = "largest prefill within the target"
 LEAST_CHUNK = "the least chunk: the target leaves no more"
