@@ -15,6 +15,9 @@ from batchpilot.agents.step_time import StepTimeEstimator
 #: The target is aimed at from below by so many standard deviations of the step time's noise, once
 #: the late gaps are spent.
 NOISE_MARGIN = 2.0
+#: And by no more than this share of it: a request is judged by its mean gap, out of which noise
+#: averages, so that room for the worst gaps of a noisy machine would cost more than it saves.
+MOST_MARGIN = 0.125
 #: The model is trusted once its stated error where it would work, and the mean of its innovations,
 #: are below the first, and doubted again once one of them is above the second; and never while the
 #: noise is above the third.
@@ -24,8 +27,11 @@ TOO_NOISY = 0.5
 #: while it is not: the first blocks it learns from are as short.
 CHECK_STEPS, UNTRUSTED_CHECK_STEPS = 16, 4
 
-#: A target is given up for so many times the throughput, no less.
+#: A target is given up for so many times the throughput, no less: hardly ever, then, where it is at
+#: least twice the step of one sequence.
 WORTH_GIVING_UP = 2.0
+#: And once the oldest has waited for this share of its target: those behind it still have time.
+PRESSING_WAIT = 0.5
 
 FITS = "largest prefill within the target"
 LEAST_CHUNK = "the least chunk: the target leaves no more"
@@ -40,9 +46,10 @@ class Prefill(NamedTuple):
 
 
 class _Load(NamedTuple):
-    """What a sequence brings on average: KV tokens, and prompt tokens for each output token."""
+    """What a sequence brings on average: KV tokens, prompt tokens, and those a token of output."""
 
     context: float
+    prompt: float
     prompt_share: float
 
 
@@ -50,7 +57,7 @@ class LatencyLimits:
     """What a target leaves, and whether the model behind it can be trusted.
 
     Formula, with target tau, noise sigma, u <= 1 the share of the permitted late gaps that is used,
-    c = tau / (1 + 2 u sigma), D decodes about to run and K tokens in the KV cache:
+    c = tau / (1 + min(2 u sigma, `MOST_MARGIN`)), D decodes about to run and K tokens in the cache:
 
         prefill = max(chunk, largest P with t(D, P, K) <= c)
         largest batch = largest b with t(b, min(chunk, b E[in] / E[out]), b kappa) <= c
@@ -59,13 +66,16 @@ class LatencyLimits:
     and kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence holds on average over its
     life. While nobody decodes, nobody waits for a token, and prefill is not limited.
 
-    With a target for the first token, some steps may be slow: see `SlowSteps`. And with one the
-    targets are given up where nobody meets both any more and they cost much throughput: once the
-    first token of everybody who runs was late, and so is that of the oldest who waits, and all of
-    them together would give `WORTH_GIVING_UP` times the tokens a second that steps in time can.
-    They hold again once nobody waits and no more run than they allow. In balance b sequences give
+    With a target for the first token, some steps may be slow: see `SlowSteps`. And with one, the
+    target between tokens is given up where it keeps others out until they are too late, and costs
+    much throughput: once the oldest has waited for `PRESSING_WAIT` of what it may, and all who are
+    here together would give `WORTH_GIVING_UP` times the tokens a second that steps in time can. It
+    holds again once nobody waits and no more run than it allows. In balance, b sequences give
 
-        b / t(b, b E[in] / E[out], b kappa)
+        b / ((1 - m) t(b, 0, b kappa) + m t(b, P, b kappa))
+
+    tokens a second, with P the greater of E[in] and b E[in] / E[out], and m = b E[in] / (E[out] P)
+    the share of steps that have a prompt in them.
 
     Before the model is trusted, prefill starts slowly: from the least chunk it doubles while the
     target is kept, and halves when it is not. That also shows the model what it has to know.
@@ -127,9 +137,10 @@ class LatencyLimits:
         self._steps_to_check = CHECK_STEPS if self.is_trusted else UNTRUSTED_CHECK_STEPS
         if self.is_trusted:
             load = self._load(snapshot)
-            self.largest_batch = self._largest_batch(snapshot, load, self._chunk)
-            if queue is not None and _serves_nobody(queue, snapshot):
-                self.is_given_up = self.is_given_up or self._costs_much(snapshot, load)
+            self.largest_batch = self._largest_batch(snapshot, load)
+            if queue is not None and snapshot.waiting and not self.is_given_up:
+                is_pressing = queue.oldest_wait(snapshot.clock_seconds) >= PRESSING_WAIT
+                self.is_given_up = is_pressing and self._costs_much(snapshot, load)
 
     def prefill(self, snapshot: EngineSnapshot) -> Prefill:
         """Prompt tokens that the step about to be scheduled has time for, beside its decodes."""
@@ -149,7 +160,7 @@ class LatencyLimits:
         """The time a step may take: further below the target, the more gaps were late lately."""
         used = self._late_gaps.used
         margin = NOISE_MARGIN * (used if used < 1.0 else 1.0) * self.step_time.noise
-        return self._target / (1 + margin)
+        return self._target / (1 + (margin if margin < MOST_MARGIN else MOST_MARGIN))
 
     def _start_slowly(self, step: StepRecord) -> None:
         if step.seconds > self._target:
@@ -178,46 +189,40 @@ class LatencyLimits:
         context = snapshot.used_blocks * snapshot.engine.block_size / snapshot.running
         lengths = self._lengths.latest
         if lengths is None:
-            return _Load(context, math.inf)
+            return _Load(context, math.inf, math.inf)
         if self._slow_steps is not None:
             self._slow_steps.set_life(lengths.mean)
         grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
-        return _Load(max(context, lengths.prompt_mean + grown), lengths.prompt_mean / lengths.mean)
+        prompt, output = lengths.prompt_mean, lengths.mean
+        return _Load(max(context, prompt + grown), prompt, prompt / output)
 
-    def _largest_batch(self, snapshot: EngineSnapshot, load: _Load, most_prefill: float) -> int:
+    def _largest_batch(self, snapshot: EngineSnapshot, load: _Load) -> int:
         """The largest b whose step, with the prefill that b sequences bring, is within the time."""
         aim = self._aim()
         fits, too_many = 1, snapshot.engine.startup_limits.max_num_seqs + 1
         while too_many - fits > 1:
             tried = (fits + too_many) // 2
-            if self._step_seconds(tried, load, most_prefill) <= aim:
+            prefill = int(min(self._chunk, tried * load.prompt_share))
+            if self.step_time.predict(tried, prefill, int(tried * load.context)) <= aim:
                 fits = tried
             else:
                 too_many = tried
         return fits
 
-    def _step_seconds(self, batch: int, load: _Load, most_prefill: float) -> float:
-        prefill = min(most_prefill, batch * load.prompt_share)
-        return self.step_time.predict(batch, int(prefill), int(batch * load.context))
-
     def _costs_much(self, snapshot: EngineSnapshot, load: _Load) -> bool:
-        """Whether all who are here would give far more tokens a second than steps in time can."""
+        """Whether all who are here would give far more tokens a second than the largest batch."""
         if math.isinf(load.prompt_share):
             return False
-        most = snapshot.engine.startup_limits
-        everybody = min(snapshot.running + snapshot.waiting, most.max_num_seqs)
-        held = self._largest_batch(snapshot, load, most.max_num_batched_tokens)
-        in_time, at_once = (
-            batch / self._step_seconds(batch, load, most.max_num_batched_tokens)
-            for batch in (held, everybody)
-        )
-        return at_once >= WORTH_GIVING_UP * in_time
+        most = snapshot.engine.startup_limits.max_num_seqs
+        everybody = min(snapshot.running + snapshot.waiting, most)
+        held = self._tokens_per_second(self.largest_batch, load)
+        return self._tokens_per_second(everybody, load) >= WORTH_GIVING_UP * held
 
-
-def _serves_nobody(queue: PrefillQueue, snapshot: EngineSnapshot) -> bool:
-    """Whether nobody who is here can meet both targets, by what their first tokens tell."""
-    return (
-        queue.late_in_a_row >= snapshot.running
-        and snapshot.waiting > 0
-        and queue.oldest_is_late(snapshot.clock_seconds)
-    )
+    def _tokens_per_second(self, batch: int, load: _Load) -> float:
+        """Of a batch in balance, its prompts whole: in a step now and then, or in every one."""
+        prefill = max(load.prompt, batch * load.prompt_share)
+        mixed = batch * load.prompt_share / prefill
+        kv_tokens = int(batch * load.context)
+        seconds = mixed * self.step_time.predict(batch, int(prefill), kv_tokens)
+        seconds += (1 - mixed) * self.step_time.predict(batch, 0, kv_tokens)
+        return batch / seconds

@@ -20,7 +20,7 @@ OVERFLOW_PROBABILITY, OVERFLOW_PROBABILITY_WITH_TTFT = 0.15, 0.45
 COLD = "the step time is not known well enough"
 LARGER_BATCH = "predicted step time of a larger batch"
 PEAK = "peak of future memory"
-GIVEN_UP = "all first tokens came too late: throughput before latency until the queue is gone"
+GIVEN_UP = "the target would cost first tokens and most of the throughput: given up until none wait"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PredictivePolicy:
     `memory+sla` decides the sequence limit until the step time can be trusted, and again when its
     innovations or its own stated error say that it cannot; `Decision.source` and the reason tell.
     Under more load than the target allows, running sequences keep their pace and others wait; with
-    a target for the first token too, until everybody's was late: see `LatencyLimits`.
+    a target for the first token too, only while that costs little: see `LatencyLimits`.
 
     Limitations: where even the least chunk beside the running decodes misses the target, the limits
     only keep more sequences out: nobody is thrown out of the batch. Noise in the step time costs

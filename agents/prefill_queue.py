@@ -34,7 +34,6 @@ class PrefillQueue:
 
     Attributes:
         backlog_tokens: Prompt tokens still to compute.
-        late_in_a_row: First tokens that came too late since the last one in time.
     """
 
     def __init__(self, target_seconds: float) -> None:
@@ -46,7 +45,6 @@ class PrefillQueue:
         self._target = target_seconds
         self._pending: deque[_Pending] = deque()
         self.backlog_tokens = 0
-        self.late_in_a_row = 0
 
     def observe(self, step: StepRecord) -> None:
         """Takes in arrivals, and gives the oldest the prompt tokens that were computed."""
@@ -68,20 +66,16 @@ class PrefillQueue:
         """Forgets those that have had their first token, and stamps those that are new."""
         pending, now = self._pending, snapshot.clock_seconds
         for _ in range(len(pending) - snapshot.waiting - snapshot.prefill_seqs):
-            request = pending.popleft()
-            self.backlog_tokens -= request.left
-            self.late_in_a_row = self.late_in_a_row + 1 if self._is_late(request, now) else 0
+            self.backlog_tokens -= pending.popleft().left
         for request in reversed(pending):
             if request.since is not None:
                 break
             request.since = now
 
-    def oldest_is_late(self, now: float) -> bool:
-        """Whether somebody waits whose first token can no longer be in time."""
-        return bool(self._pending) and self._is_late(self._pending[0], now)
-
-    def _is_late(self, request: _Pending, now: float) -> bool:
-        return request.since is not None and now - request.since > self._target
+    def oldest_wait(self, now: float) -> float:
+        """How long the oldest has waited for a first token, as a share of the target."""
+        since = self._pending[0].since if self._pending else None
+        return 0.0 if since is None else (now - since) / self._target
 
     def pace_needed(self, now: float, *, share: float, at_most: float) -> float:
         """Prompt tokens a second at which everybody who can be in time is; 0 where nobody can.

@@ -65,17 +65,12 @@ def test_waiting_counts_from_when_a_request_was_first_seen():
     assert needed(waiting, 5.5) == pytest.approx(2000)
 
 
-def test_first_tokens_that_came_too_late_are_counted_until_one_is_in_time():
-    waiting = queue(100, 100, 100, clock=5.0)  # the target is a second
-    assert not waiting.oldest_is_late(6.0)
-    assert waiting.oldest_is_late(6.1)
-    waiting.update(snapshot(6.1, 1))
-    assert waiting.late_in_a_row == 2
+def test_how_long_the_oldest_has_waited_is_a_share_of_the_target():
+    waiting = PrefillQueue(2.0)
+    assert waiting.oldest_wait(5.0) == 0.0  # nobody waits
     waiting.observe(step(arrived=(100,)))
-    waiting.update(snapshot(6.2, 2))
-    waiting.update(snapshot(6.3, 0))  # one late again, and one that came at 6.2
-    assert waiting.late_in_a_row == 0
-    assert not waiting.oldest_is_late(99.0)  # nobody waits
+    waiting.update(snapshot(5.0, 1))
+    assert waiting.oldest_wait(6.0) == 0.5
 
 
 @settings(max_examples=100, deadline=None)
