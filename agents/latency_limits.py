@@ -8,7 +8,6 @@ from typing import NamedTuple
 from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
-from batchpilot.agents.prefill_queue import PrefillQueue
 from batchpilot.agents.slow_steps import SlowSteps
 from batchpilot.agents.step_time import StepTimeEstimator
 
@@ -16,7 +15,7 @@ from batchpilot.agents.step_time import StepTimeEstimator
 #: the late gaps are spent.
 NOISE_MARGIN = 2.0
 #: And by no more than this share of it: a request is judged by its mean gap, out of which noise
-#: averages, so that room for the worst gaps of a noisy machine would cost more than it saves.
+#: averages. Chosen on a live CPU engine.
 MOST_MARGIN = 0.125
 #: The model is trusted once its stated error where it would work, and the mean of its innovations,
 #: are below the first, and doubted again once one of them is above the second; and never while the
@@ -46,11 +45,16 @@ class Prefill(NamedTuple):
 
 
 class _Load(NamedTuple):
-    """What a sequence brings on average: KV tokens, prompt tokens, and those a token of output."""
+    """What a sequence brings on average, in tokens: of its KV cache, prompt and output."""
 
     context: float
     prompt: float
-    prompt_share: float
+    output: float
+
+    @property
+    def prompt_share(self) -> float:
+        """Prompt tokens for each token of output."""
+        return self.prompt / self.output
 
 
 class LatencyLimits:
@@ -74,7 +78,7 @@ class LatencyLimits:
 
         b / ((1 - m) t(b, 0, b kappa) + m t(b, P, b kappa))
 
-    tokens a second, with P the greater of E[in] and b E[in] / E[out], and m = b E[in] / (E[out] P)
+    tokens a second, with P the greater of E[in] and b E[in] / E[out], and m = min(1, b / E[out])
     the share of steps that have a prompt in them.
 
     Before the model is trusted, prefill starts slowly: from the least chunk it doubles while the
@@ -95,11 +99,11 @@ class LatencyLimits:
         self._late_gaps = LateGapBudget(itl_slo_seconds)
         self._steps_to_check = 0
         self.step_time = StepTimeEstimator()
-        self._queue: PrefillQueue | None = None
         self._slow_steps: SlowSteps | None = None
         if ttft_slo_seconds is not None:
-            self._queue = queue = PrefillQueue(ttft_slo_seconds)
-            self._slow_steps = SlowSteps(itl_slo_seconds, queue, self._late_gaps, self.step_time)
+            self._slow_steps = SlowSteps(
+                itl_slo_seconds, ttft_slo_seconds, self._late_gaps, self.step_time
+            )
         self.is_trusted = False
         self.is_given_up = False
         self.largest_batch = 1
@@ -114,8 +118,7 @@ class LatencyLimits:
         self.step_time.observe(step)
         if not self.is_given_up:
             self._late_gaps.observe(step)
-        if self._queue is not None and self._slow_steps is not None:
-            self._queue.observe(step)
+        if self._slow_steps is not None:
             self._slow_steps.observe(step)
         if not self.is_trusted and step.regular:
             self._start_slowly(step)
@@ -125,11 +128,10 @@ class LatencyLimits:
 
         Call it before each step: it also keeps up with who still waits for a first token.
         """
-        queue = self._queue
-        if queue is not None:
-            queue.update(snapshot)
-            if self.is_given_up:
-                self.is_given_up = snapshot.waiting > 0 or snapshot.running > self.largest_batch
+        if self._slow_steps is not None:
+            self._slow_steps.update(snapshot)
+        if self.is_given_up:
+            self.is_given_up = snapshot.waiting > 0 or snapshot.running > self.largest_batch
         self._steps_to_check -= 1
         if self._steps_to_check > 0 or snapshot.decode_seqs < 1:
             return
@@ -138,9 +140,9 @@ class LatencyLimits:
         if self.is_trusted:
             load = self._load(snapshot)
             self.largest_batch = self._largest_batch(snapshot, load)
-            if queue is not None and snapshot.waiting and not self.is_given_up:
-                is_pressing = queue.oldest_wait(snapshot.clock_seconds) >= PRESSING_WAIT
-                self.is_given_up = is_pressing and self._costs_much(snapshot, load)
+            if snapshot.waiting and not self.is_given_up and self._slow_steps is not None:
+                wait = self._slow_steps.queue.oldest_wait(snapshot.clock_seconds)
+                self.is_given_up = wait >= PRESSING_WAIT and self._costs_much(snapshot, load)
 
     def prefill(self, snapshot: EngineSnapshot) -> Prefill:
         """Prompt tokens that the step about to be scheduled has time for, beside its decodes."""
@@ -189,12 +191,11 @@ class LatencyLimits:
         context = snapshot.used_blocks * snapshot.engine.block_size / snapshot.running
         lengths = self._lengths.latest
         if lengths is None:
-            return _Load(context, math.inf, math.inf)
+            return _Load(context, math.inf, 1.0)
         if self._slow_steps is not None:
             self._slow_steps.set_life(lengths.mean)
         grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
-        prompt, output = lengths.prompt_mean, lengths.mean
-        return _Load(max(context, prompt + grown), prompt, prompt / output)
+        return _Load(max(context, lengths.prompt_mean + grown), lengths.prompt_mean, lengths.mean)
 
     def _largest_batch(self, snapshot: EngineSnapshot, load: _Load) -> int:
         """The largest b whose step, with the prefill that b sequences bring, is within the time."""
@@ -211,18 +212,17 @@ class LatencyLimits:
 
     def _costs_much(self, snapshot: EngineSnapshot, load: _Load) -> bool:
         """Whether all who are here would give far more tokens a second than the largest batch."""
-        if math.isinf(load.prompt_share):
+        if math.isinf(load.prompt):
             return False
         most = snapshot.engine.startup_limits.max_num_seqs
-        everybody = min(snapshot.running + snapshot.waiting, most)
-        held = self._tokens_per_second(self.largest_batch, load)
-        return self._tokens_per_second(everybody, load) >= WORTH_GIVING_UP * held
+        everybody, held = min(snapshot.running + snapshot.waiting, most), self.largest_batch
+        gained = everybody * self._mean_seconds(held, load)
+        return gained >= WORTH_GIVING_UP * held * self._mean_seconds(everybody, load)
 
-    def _tokens_per_second(self, batch: int, load: _Load) -> float:
-        """Of a batch in balance, its prompts whole: in a step now and then, or in every one."""
-        prefill = max(load.prompt, batch * load.prompt_share)
-        mixed = batch * load.prompt_share / prefill
+    def _mean_seconds(self, batch: int, load: _Load) -> float:
+        """A step of a batch in balance, its prompts whole: in one now and then, or in every one."""
+        prefill = int(max(load.prompt, batch * load.prompt_share))
         kv_tokens = int(batch * load.context)
-        seconds = mixed * self.step_time.predict(batch, int(prefill), kv_tokens)
-        seconds += (1 - mixed) * self.step_time.predict(batch, 0, kv_tokens)
-        return batch / seconds
+        mixed = min(batch / load.output, 1.0)
+        seconds = mixed * self.step_time.predict(batch, prefill, kv_tokens)
+        return seconds + (1 - mixed) * self.step_time.predict(batch, 0, kv_tokens)

@@ -99,19 +99,17 @@ class PredictivePolicy:
     def decide(self, snapshot: EngineSnapshot) -> Decision:
         """Both limits of the step about to be scheduled."""
         memory, latency = self._memory.decide(snapshot), self._latency
+        seqs, tokens = memory.limits.max_num_seqs, memory.limits.max_num_batched_tokens
         if latency is None:
-            limits = memory.limits
-            return self._decided(limits.max_num_seqs, limits.max_num_batched_tokens, memory.reason)
+            return self._decided(seqs, tokens, memory.reason)
         latency.check(snapshot)
         if latency.is_given_up:
-            limits = memory.limits
-            return self._decided(limits.max_num_seqs, limits.max_num_batched_tokens, GIVEN_UP)
+            return self._decided(seqs, tokens, GIVEN_UP)
         if not latency.is_trusted:
             return self._guarded(snapshot, latency.slow_start_tokens)
-        seqs, reason = memory.limits.max_num_seqs, PEAK
+        reason = PEAK
         if latency.largest_batch < seqs:
             seqs, reason = max(latency.largest_batch, snapshot.running), LARGER_BATCH
-        tokens = snapshot.engine.startup_limits.max_num_batched_tokens
         decodes = snapshot.decode_seqs
         if decodes:
             prefill = latency.prefill(snapshot)

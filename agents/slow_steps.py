@@ -24,12 +24,15 @@ class SlowSteps:
     one brings, one is made, if either the late gaps that a 99th percentile leaves open or the mean
     pace pays for it. So first tokens come just in time, and answers that begin in a burst share
     its slow steps: all at once they would fall on those who are there, however short.
+
+    Attributes:
+        queue: Who waits for a first token.
     """
 
     def __init__(
         self,
         itl_slo_seconds: float,
-        queue: PrefillQueue,
+        ttft_slo_seconds: float,
         late_gaps: LateGapBudget,
         step_time: StepTimeEstimator,
     ) -> None:
@@ -37,11 +40,11 @@ class SlowSteps:
 
         Args:
             itl_slo_seconds: Target between tokens.
-            queue: Who waits for a first one.
-            late_gaps: What may be late.
-            step_time: What steps take. All three are shown the steps by their owner.
+            ttft_slo_seconds: Target for the first one.
+            late_gaps: What may be late; its owner shows it the steps.
+            step_time: Learned elsewhere.
         """
-        self._queue = queue
+        self.queue = PrefillQueue(ttft_slo_seconds)
         self._late_gaps = late_gaps
         self._step_time = step_time
         self._pace = MeanPace(itl_slo_seconds)
@@ -54,6 +57,11 @@ class SlowSteps:
     def observe(self, step: StepRecord) -> None:
         """Takes a step in."""
         self._pace.observe(step)
+        self.queue.observe(step)
+
+    def update(self, snapshot: EngineSnapshot) -> None:
+        """Takes in who waits now, before each step."""
+        self.queue.update(snapshot)
 
     def prefill(self, snapshot: EngineSnapshot, usual: int, kv_tokens: int, aim: float) -> int:
         """Prompt tokens of the step about to be scheduled, if it is to be slow; else 0.
@@ -65,7 +73,7 @@ class SlowSteps:
             aim: Seconds a usual step may take.
         """
         tokens = 0
-        if self._queue.backlog_tokens > usual:
+        if self.queue.backlog_tokens > usual:
             tokens = self._due(snapshot, usual, kv_tokens, aim)
         self._late_gaps.plan(snapshot.decode_seqs if tokens else 0)
         return tokens
@@ -78,7 +86,7 @@ class SlowSteps:
         if many > most:
             many, slow = most, self._step_time.predict(decodes, most, kv_tokens)
         now = snapshot.clock_seconds
-        needed = self._queue.pace_needed(now, share=TTFT_AIM, at_most=many / slow)
+        needed = self.queue.pace_needed(now, share=TTFT_AIM, at_most=many / slow)
         lacking = needed * aim - usual
         if lacking <= 0:
             self._lacking = 0.0
