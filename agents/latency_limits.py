@@ -14,9 +14,9 @@ from batchpilot.agents.step_time import StepTimeEstimator
 #: The target is aimed at from below by so many standard deviations of the step time's noise, once
 #: the late gaps are spent.
 NOISE_MARGIN = 2.0
-#: And by no more than this share of it: a request is judged by its mean gap, out of which noise
-#: averages. Chosen on a live CPU engine.
-MOST_MARGIN = 0.125
+#: The largest batch by no more than this share of it: it decides on the mean gap of a request, out
+#: of which noise averages; prefill decides on single gaps. Chosen on a live CPU engine.
+MOST_BATCH_MARGIN = 0.125
 #: The model is trusted once its stated error where it would work, and the mean of its innovations,
 #: are below the first, and doubted again once one of them is above the second; and never while the
 #: noise is above the third.
@@ -61,10 +61,11 @@ class LatencyLimits:
     """What a target leaves, and whether the model behind it can be trusted.
 
     Formula, with target tau, noise sigma, u <= 1 the share of the permitted late gaps that is used,
-    c = tau / (1 + min(2 u sigma, `MOST_MARGIN`)), D decodes about to run and K tokens in the cache:
+    D decodes about to run and K tokens in the cache:
 
-        prefill = max(chunk, largest P with t(D, P, K) <= c)
-        largest batch = largest b with t(b, min(chunk, b E[in] / E[out]), b kappa) <= c
+        prefill = max(chunk, largest P with t(D, P, K) <= tau / (1 + 2 u sigma))
+        largest batch = largest b with t(b, min(chunk, b E[in] / E[out]), b kappa)
+            <= tau / (1 + min(2 u sigma, `MOST_BATCH_MARGIN`))
 
     where b E[in] / E[out] is the prefill of a step in balance, each prompt spread over its output,
     and kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence holds on average over its
@@ -158,11 +159,14 @@ class LatencyLimits:
                 return Prefill(more, SLOW)
         return Prefill(tokens, reason)
 
-    def _aim(self) -> float:
-        """The time a step may take: further below the target, the more gaps were late lately."""
+    def _margin(self) -> float:
+        """How far below the target to aim: further, the more gaps were late lately."""
         used = self._late_gaps.used
-        margin = NOISE_MARGIN * (used if used < 1.0 else 1.0) * self.step_time.noise
-        return self._target / (1 + (margin if margin < MOST_MARGIN else MOST_MARGIN))
+        return NOISE_MARGIN * (used if used < 1.0 else 1.0) * self.step_time.noise
+
+    def _aim(self) -> float:
+        """The time a step may take."""
+        return self._target / (1 + self._margin())
 
     def _start_slowly(self, step: StepRecord) -> None:
         if step.seconds > self._target:
@@ -199,7 +203,7 @@ class LatencyLimits:
 
     def _largest_batch(self, snapshot: EngineSnapshot, load: _Load) -> int:
         """The largest b whose step, with the prefill that b sequences bring, is within the time."""
-        aim = self._aim()
+        aim = self._target / (1 + min(self._margin(), MOST_BATCH_MARGIN))
         fits, too_many = 1, snapshot.engine.startup_limits.max_num_seqs + 1
         while too_many - fits > 1:
             tried = (fits + too_many) // 2

@@ -132,6 +132,20 @@ def test_the_largest_batch_keeps_the_target_beside_the_least_chunk():
     assert SECONDS(batch, 64, batch * 500) < 0.014 < SECONDS(batch + 8, 64, (batch + 8) * 500)
 
 
+def test_once_gaps_were_late_noise_keeps_single_steps_further_below_the_target_than_the_batch():
+    policy, rng = taught(), np.random.default_rng(7)
+    singles, batches = [], []
+    for _ in range(600):
+        decodes, noise = int(rng.integers(10, 40)), float(rng.normal(1.0, 0.15))
+        limits = policy.decide(snapshot(decodes, waiting=50)).limits
+        prefill, batch = limits.max_num_batched_tokens - decodes, limits.max_num_seqs
+        singles.append(SECONDS(decodes, prefill, decodes * 500))
+        batches.append(SECONDS(batch, 64, batch * 500))
+        policy.observe(step(decodes, int(rng.choice([0, 400])), noise))
+    assert np.mean(singles[-300:]) < 0.8 * 0.014
+    assert 0.85 * 0.014 < np.mean(batches[-300:]) < 0.95 * 0.014
+
+
 def test_sequences_that_seldom_prefill_may_be_more():
     limits = []
     for prompt_tokens in (640, 20):  # beside outputs of 200 tokens: 3.2 or 0.1 a step and sequence
