@@ -34,7 +34,7 @@ class HookSettings(Parameters):
         help="off: stock vLLM; observe: decide and report, apply nothing; local: decide and apply; "
         "remote: apply what the tuning service says, and decide locally without it",
     )
-    policy: str = parameter("memory-peak", help="name, or name:key=value:key=value")
+    policy: str = parameter("predictive", help="name, or name:key=value:key=value")
     itl_slo_ms: float | None = parameter(None, above=0, help="inter-token latency target")
     ttft_slo_ms: float | None = parameter(None, above=0, help="time-to-first-token target")
     memory_overflow_probability: float | None = parameter(

@@ -3,6 +3,7 @@
 import pytest
 
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.agents.predictive import PredictivePolicy
 from batchpilot.agents.shield import SafetyBounds
 from batchpilot.scheduler_hook.settings import HookSettings, read_settings
 
@@ -15,6 +16,13 @@ def test_without_settings_the_hook_steers_locally():
     assert read_settings({}, {}) == HookSettings()
     assert read_settings(None, {}) == HookSettings()
     assert HookSettings().mode == "local"
+
+
+def test_a_target_alone_is_enough_to_be_held():
+    policy = HookSettings(itl_slo_ms=50.0).build_policy()
+    assert isinstance(policy, PredictivePolicy)
+    assert policy.step_time is not None
+    assert HookSettings().build_policy().step_time is None
 
 
 def test_the_environment_wins_over_the_command_line():
