@@ -27,8 +27,8 @@ CANDIDATES = 64
 SEQUENCES_LOOKED_AT_PER_STEP = 32
 #: An estimate whose stated error is larger is not used: the first completions are enough.
 LARGEST_RELATIVE_ERROR = 1.0
-#: Overflows risked, at most, while as many requests are let in as run.
-OVERFLOWS_PER_TURNOVER = 4.0
+#: Overflows risked, at most, while as many requests are let in as run: so many, over their number.
+TURNOVER_RISK = 120.0
 #: Until lengths are known, sequences are taken to grow by a third of what they hold.
 COLD_START_MEMORY_FACTOR = 0.75
 
@@ -55,10 +55,10 @@ class MemoryPeakPolicy:
 
         max over t of sum (c_i + t) p_i + theta sqrt(sum (c_i + t)^2 p_i (1 - p_i)) <= eta
 
-    with theta = PhiInv(1 - min(eps_M, `OVERFLOWS_PER_TURNOVER` / N)): about every request's coming
-    is such a bet, and a larger batch, which gains less by one more, makes more of them while it is
-    replaced once. c_i counts blocks really held: what prefix caching shares or block ends waste is
-    scaled in.
+    with theta = PhiInv(1 - min(eps_M, `TURNOVER_RISK` / N^2)). About every request's coming is such
+    a bet: while a batch of N is replaced once it makes N of them, each to gain a share 1/N, and an
+    overflow costs the same in any. c_i counts blocks really held: what prefix caching shares or
+    block ends waste is scaled in.
 
     Regimes: until lengths are known to within `LARGEST_RELATIVE_ERROR` it is `memory` with three
     quarters of the cache to fill, as if every sequence were to grow by a third. Then it lets a
@@ -172,7 +172,7 @@ class MemoryPeakPolicy:
 
     def _deviations(self, running: int) -> float:
         """Standard deviations kept in reserve beside so many sequences."""
-        risked = min(self._overflow_probability, OVERFLOWS_PER_TURNOVER / running)
+        risked = min(self._overflow_probability, TURNOVER_RISK / (running * running))
         return NormalDist().inv_cdf(1 - risked)
 
 

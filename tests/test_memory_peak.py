@@ -1,8 +1,11 @@
 """`memory-peak`: what it falls back to, when it looks, and that what it admits fits."""
 
+import math
+
 import numpy as np
 import pytest
 
+from batchpilot.agents import memory_peak
 from batchpilot.agents.limits import (
     BatchLimits,
     EngineFacts,
@@ -11,7 +14,11 @@ from batchpilot.agents.limits import (
     SequenceState,
     StepRecord,
 )
-from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
+from batchpilot.agents.memory_peak import (
+    TURNOVER_RISK,
+    MemoryPeakParameters,
+    MemoryPeakPolicy,
+)
 
 FACTS = EngineFacts(BatchLimits(256, 2048), total_blocks=500, block_size=16)  # 8,000 tokens
 
@@ -95,9 +102,12 @@ def test_a_smaller_overflow_probability_admits_fewer():
     assert admitted(0.01) < admitted(0.08) < admitted(0.2)
 
 
-def test_while_a_batch_is_replaced_once_no_more_than_a_few_overflows_are_risked():
-    assert admitted(0.4, running=20) == admitted(4 / 20, running=20)
-    assert admitted(0.2, running=25) == admitted(4 / 25, running=25)
+@pytest.mark.parametrize("running", [30, 40])
+def test_a_larger_batch_risks_fewer_overflows_while_it_is_replaced_once(monkeypatch, running):
+    bound = admitted(0.4, running)
+    assert bound == admitted(TURNOVER_RISK / running**2, running)
+    monkeypatch.setattr(memory_peak, "TURNOVER_RISK", math.inf)
+    assert admitted(0.4, running) > bound
 
 
 def test_it_reads_the_sequences_only_when_an_admission_is_at_hand():
