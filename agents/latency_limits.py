@@ -34,14 +34,22 @@ PRESSING_WAIT = 0.5
 
 FITS = "largest prefill within the target"
 LEAST_CHUNK = "the least chunk: the target leaves no more"
+WAITS = "prompts wait for a slow step, where many cost less"
 SLOW = "a late first token is worth a slow step"
 
 
 class Prefill(NamedTuple):
-    """Prompt tokens of the step about to be scheduled, and why so many."""
+    """What the step about to be scheduled may prefill.
+
+    Attributes:
+        tokens: Of prompts.
+        reason: Why so many.
+        admits: Whether requests that wait may be among them.
+    """
 
     tokens: int
     reason: str
+    admits: bool = True
 
 
 class _Load(NamedTuple):
@@ -157,6 +165,8 @@ class LatencyLimits:
             more = self._slow_steps.prefill(snapshot, tokens, kv_tokens, aim)
             if more:
                 return Prefill(more, SLOW)
+            if self._slow_steps.keeps_out:
+                return Prefill(tokens, WAITS, admits=False)
         return Prefill(tokens, reason)
 
     def _margin(self) -> float:

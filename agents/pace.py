@@ -6,23 +6,21 @@ from batchpilot.agents.limits import StepRecord
 
 #: Steps averaged over before it is known how long outputs are, and the least number ever.
 FIRST_LIFE_STEPS, SHORTEST_LIFE_STEPS = 128.0, 32.0
-#: Share of the target that the mean may reach: requests live through different stretches of time.
-PACE_AIM = 0.92
 
 
 class MeanPace:
     """Whether a slow step still leaves the mean time per token inside the target.
 
-    Formula: m <- m + (t - m) / n at every step with a decode, n the tokens of a mean output. A step
-    of t seconds is affordable while m + (t - m) / n <= `PACE_AIM` target. A request is judged by
-    its mean over n steps or so: what quiet stretches saved, a burst may spend.
+    Formula: m <- m + (t - m) / n at every step with a decode, n the tokens of half a mean output. A
+    step of t seconds is affordable while m + (t - m) / n <= a target. A request is judged by its
+    mean over n steps or so: what quiet stretches saved, a burst may spend.
 
     Limitations: outputs much shorter than the mean live through a burst alone and miss the target.
     """
 
     def __init__(self, target_seconds: float) -> None:
         """Starts with nothing saved."""
-        self._limit = PACE_AIM * target_seconds
+        self._target = target_seconds
         self._mean = target_seconds
         self._gain = 1 / FIRST_LIFE_STEPS
 
@@ -40,6 +38,6 @@ class MeanPace:
         if step.decode_seqs:
             self._mean += self._gain * (step.seconds - self._mean)
 
-    def affords(self, seconds: float) -> bool:
-        """Whether the next step may take so long."""
-        return self._mean + self._gain * (seconds - self._mean) <= self._limit
+    def affords(self, seconds: float, share: float) -> bool:
+        """Whether a step that takes so long leaves the mean at this share of the target."""
+        return self._mean + self._gain * (seconds - self._mean) <= share * self._target

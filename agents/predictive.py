@@ -55,7 +55,9 @@ class PredictivePolicy:
     `memory+sla` decides the sequence limit until the step time can be trusted, and again when its
     innovations or its own stated error say that it cannot; `Decision.source` and the reason tell.
     Under more load than the target allows, running sequences keep their pace and others wait; with
-    a target for the first token too, only while that costs little: see `LatencyLimits`.
+    a target for the first token too, only while that costs little: see `LatencyLimits`. And with
+    both, prompts are computed together in long steps where usual ones hardly keep up and pay far
+    more for each: see `Bunches`.
 
     Limitations: where even the least chunk beside the running decodes misses the target, the limits
     only keep more sequences out: nobody is thrown out of the batch. Noise in the step time costs
@@ -114,6 +116,8 @@ class PredictivePolicy:
         if decodes:
             prefill = latency.prefill(snapshot)
             tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill.tokens)
+            if not prefill.admits:
+                seqs = snapshot.running
             if prefill.reason is not FITS:
                 reason = prefill.reason
         return self._decided(seqs, tokens, reason)

@@ -72,6 +72,15 @@ class PrefillQueue:
                 break
             request.since = now
 
+    def whole_prompts(self, most: int) -> int:
+        """Tokens of the oldest prompts, as many as fit whole into `most`; `most` if none does."""
+        whole = 0
+        for request in islice(self._pending, LOOKED_AT):
+            if whole + request.left > most:
+                break
+            whole += request.left
+        return whole or most
+
     def oldest_wait(self, now: float) -> float:
         """How long the oldest has waited for a first token, as a share of the target."""
         since = self._pending[0].since if self._pending else None

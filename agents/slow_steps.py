@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from batchpilot.agents.bunches import Bunches, StepOption
 from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
 from batchpilot.agents.pace import MeanPace
@@ -13,10 +14,15 @@ from batchpilot.agents.step_time import StepTimeEstimator
 SLOW_STEP = 3.0
 #: Share of the time to the first token that is planned with.
 TTFT_AIM = 0.9
+#: Share of the target that the mean pace may reach: requests live through different stretches.
+PACE_AIM = 0.92
 
 
 class SlowSteps:
     """Buys first tokens with late gaps: as few as it takes, and evenly spread.
+
+    Where long steps make prompt tokens much cheaper, and usual ones hardly keep up, prompts wait
+    for each other instead: see `Bunches`.
 
     Formula: r is the pace, in prompt tokens a second, at which all who can be in time are. A usual
     step of c seconds and P tokens lacks r c - P of it; a slow one, of s = `SLOW_STEP` c seconds and
@@ -48,7 +54,13 @@ class SlowSteps:
         self._late_gaps = late_gaps
         self._step_time = step_time
         self._pace = MeanPace(itl_slo_seconds)
+        self._bunches = Bunches(self._pace)
         self._lacking = 0.0
+
+    @property
+    def keeps_out(self) -> bool:
+        """Whether nobody is let in but into a slow step."""
+        return self._bunches.is_bunching
 
     def set_life(self, output_tokens: float) -> None:
         """Takes the mean length of outputs in."""
@@ -74,28 +86,46 @@ class SlowSteps:
         """
         tokens = 0
         if self.queue.backlog_tokens > usual:
-            tokens = self._due(snapshot, usual, kv_tokens, aim)
+            tokens = self._tokens(snapshot, StepOption(aim, usual), kv_tokens)
+        else:
+            self._bunches.end()
         self._late_gaps.plan(snapshot.decode_seqs if tokens else 0)
         return tokens
 
-    def _due(self, snapshot: EngineSnapshot, usual: int, kv_tokens: int, aim: float) -> int:
+    def _tokens(self, snapshot: EngineSnapshot, usual: StepOption, kv_tokens: int) -> int:
+        slow = self._slow_step(snapshot, usual.seconds, kv_tokens)
+        decode_seconds = self._step_time.predict(snapshot.decode_seqs, 0, kv_tokens)
+        self._bunches.update(decode_seconds, usual, slow)
+        if self._bunches.is_bunching:
+            due = self._bunches.is_due(slow)
+            return self.queue.whole_prompts(slow.prompt_tokens) if due else 0
+        return slow.prompt_tokens if self._is_needed(snapshot, usual, slow) else 0
+
+    def _slow_step(self, snapshot: EngineSnapshot, aim: float, kv_tokens: int) -> StepOption:
+        """As long as it may be, or as long as the start-up token budget makes it."""
         decodes, engine = snapshot.decode_seqs, snapshot.engine
-        slow = SLOW_STEP * aim
-        many = self._step_time.largest_prefill(decodes, kv_tokens, slow)
+        seconds = SLOW_STEP * aim
+        tokens = self._step_time.largest_prefill(decodes, kv_tokens, seconds)
         most = engine.startup_limits.max_num_batched_tokens - decodes * engine.tokens_per_decode
-        if many > most:
-            many, slow = most, self._step_time.predict(decodes, most, kv_tokens)
+        if tokens > most:
+            return StepOption(self._step_time.predict(decodes, most, kv_tokens), most)
+        return StepOption(seconds, tokens)
+
+    def _is_needed(self, snapshot: EngineSnapshot, usual: StepOption, slow: StepOption) -> bool:
+        """Whether what usual steps lacked adds up to a slow one, and it can be paid for."""
+        fastest = slow.prompt_tokens / slow.seconds
         now = snapshot.clock_seconds
-        needed = self.queue.pace_needed(now, share=TTFT_AIM, at_most=many / slow)
-        lacking = needed * aim - usual
+        pace = self.queue.pace_needed(now, share=TTFT_AIM, at_most=fastest)
+        lacking = pace * usual.seconds - usual.prompt_tokens
         if lacking <= 0:
             self._lacking = 0.0
-            return 0
-        if not (self._late_gaps.allows(decodes) or self._pace.affords(slow)):
-            return 0
+            return False
+        in_budget = self._late_gaps.allows(snapshot.decode_seqs)
+        if not (in_budget or self._pace.affords(slow.seconds, PACE_AIM)):
+            return False
         self._lacking += lacking
-        brings = many - needed * slow
+        brings = slow.prompt_tokens - pace * slow.seconds
         if self._lacking < brings:
-            return 0
+            return False
         self._lacking -= brings
-        return many
+        return True

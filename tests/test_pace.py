@@ -4,7 +4,7 @@ import pytest
 
 from batchpilot.agents.late_gaps import LATE_SHARE, LateGapBudget
 from batchpilot.agents.limits import StepRecord
-from batchpilot.agents.pace import PACE_AIM, MeanPace
+from batchpilot.agents.pace import MeanPace
 
 
 def step(seconds, decode_seqs=10):
@@ -48,15 +48,15 @@ def test_a_longer_life_affords_more_slow_steps(life, slow_steps):
     for _ in range(5000):
         pace.observe(step(0.015))
     afforded = 0
-    while pace.affords(0.06):
+    while pace.affords(0.06, share=0.92):
         pace.observe(step(0.06))
         afforded += 1
     assert afforded == slow_steps
-    assert pace.mean_seconds <= PACE_AIM * 0.03
+    assert pace.mean_seconds <= 0.92 * 0.03
 
 
 def test_nothing_is_afforded_before_something_is_saved():
     pace = MeanPace(0.03)
-    assert not pace.affords(0.06)
+    assert not pace.affords(0.06, share=0.92)
     pace.observe(StepRecord(0.001, 1, 0, 100))  # no decode: no gap
     assert pace.mean_seconds == 0.03

@@ -1,5 +1,7 @@
 """`predictive`: bounds, monotony, cold start and doubt, and what it does on a virtual GPU."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -307,15 +309,22 @@ def test_a_looser_target_never_gives_less(targets, decodes):
     assert tight.max_num_seqs <= loose.max_num_seqs
 
 
-def served(policy, slo, rate=5.0, noise=0.0, num_requests=100):
-    """Bursts of ShareGPT requests on a virtual H100; deterministic to the last digit."""
-    spec = WorkloadSpec("sharegpt", f"gamma:rate={rate}:cv=2", num_requests, seed=0)
+def served(
+    policy,
+    slo,
+    profile="llama-3.1-8b-h100",
+    arrivals="gamma:rate=5:cv=2",
+    noise=0.0,
+    num_requests=100,
+):
+    """ShareGPT requests, in bursts, on a virtual GPU; deterministic to the last digit."""
+    spec = WorkloadSpec("sharegpt", arrivals, num_requests, seed=0)
     requests = engine_requests(spec.build(), vocab_size=VOCAB_SIZE, seed=0)
     timed = [
         TimedRequest(planned.arrival_seconds, request)
         for planned, request in zip(spec.build().requests, requests, strict=True)
     ]
-    with VirtualEngine(VirtualEngineConfig("llama-3.1-8b-h100", noise=noise)) as engine:
+    with VirtualEngine(VirtualEngineConfig(profile, noise=noise)) as engine:
         engine.set_policy(PolicySpec.parse(policy).build(vars(slo)))
         return replay(engine, timed, slo, Silent())
 
@@ -333,6 +342,15 @@ def test_on_a_virtual_gpu_it_holds_the_target_that_the_default_misses(noise):
     assert np.percentile(default.itl_ms, 99) > 2 * 14.0
     assert ours.slo_attainment > default.slo_attainment + 0.2
     assert ours.completed == default.completed == 100
+
+
+def test_where_any_prompt_slows_all_attention_they_are_computed_together(monkeypatch):
+    slo = Slo(itl_slo_ms=40.0, ttft_slo_ms=2000.0)
+    load = {"profile": "llama-3.1-8b-rtxpro6000", "arrivals": "poisson:rate=3", "noise": 0.05}
+    together = served("predictive", slo, **load, num_requests=240)
+    monkeypatch.setattr("batchpilot.agents.bunches.WORTH", math.inf)
+    apart = served("predictive", slo, **load, num_requests=240)
+    assert together.slo_attainment > apart.slo_attainment + 0.05
 
 
 def test_the_same_run_gives_the_same_numbers():

@@ -65,6 +65,13 @@ def test_waiting_counts_from_when_a_request_was_first_seen():
     assert needed(waiting, 5.5) == pytest.approx(2000)
 
 
+def test_as_many_prompts_as_are_computed_whole_or_a_part_of_the_first():
+    waiting = queue(1000, 300, 500)
+    assert waiting.whole_prompts(1500) == 1300
+    assert waiting.whole_prompts(1800) == waiting.whole_prompts(5000) == 1800
+    assert waiting.whole_prompts(900) == 900
+
+
 def test_how_long_the_oldest_has_waited_is_a_share_of_the_target():
     waiting = PrefillQueue(2.0)
     assert waiting.oldest_wait(5.0) == 0.0  # nobody waits
