@@ -6,12 +6,16 @@ from typing import NamedTuple
 
 from batchpilot.agents.pace import MeanPace
 
-#: Slow steps must make prompt tokens so many times as cheap as usual ones.
+#: Slow steps must make prompt tokens so many times as cheap as usual ones, on average over so many
+#: steps with a queue, none of which counts for more than this: single ratios hang on the model's
+#: smallest weights.
 WORTH = 1.2
+RATIO_STEPS = 256
+MOST_RATIO = 2.0
 #: Share of the newest steps that prompts have made as long as the target allows: below it, they
 #: keep up without. At 0.5, late gaps come where the target could still be held (RTX 4090, short
 #: chats).
-BUSY = 0.7
+BUSY = 0.6
 #: Share of the target that the mean pace may reach: bunches are evenly spread, so nearly all of it.
 PACE_AIM = 1.0
 
@@ -36,25 +40,28 @@ class Bunches:
     (c - d) / P seconds or (s - d) / Q, and where any prompt at all makes the attention of a step
     slower, the second can be half the first. So, from the moment that
 
-        Q (c - d) > `WORTH` P (s - d)   and   m - d > `BUSY` (c - d)
+        rho > `WORTH`   and   m - d > `BUSY` (c - d),   rho the mean of Q (c - d) / (P (s - d))
 
-    until a usual step takes all who wait, or the first no longer holds, nobody is let in but into
-    a slow step, and one is made whenever the mean pace m stays inside the target. The second
-    condition, that at least so many of the newest steps were full of prompts, keeps the pace of
-    single tokens for as long as prompts keep up with it.
+    until a usual step takes all who wait, or rho is below 1, nobody is let in but into a slow step,
+    and one is made whenever the mean pace m stays inside the target. The second condition, that at
+    least so many of the newest steps were full of prompts, keeps the pace of single tokens for as
+    long as prompts keep up with it.
     """
 
-    def __init__(self, pace: MeanPace) -> None:
+    def __init__(self, pace: MeanPace, least_chunk: int) -> None:
         """Starts with everybody let in as they come.
 
         Args:
             pace: Mean pace of decoding; its owner shows it the steps.
+            least_chunk: Prompt tokens that a usual step has even where the target leaves fewer.
         """
         self._pace = pace
+        self._least_chunk = least_chunk
+        self._ratio = 1.0
         self.is_bunching = False
 
     def end(self) -> None:
-        """A usual step takes all who wait."""
+        """A usual step takes all who wait, or nobody knows what one costs."""
         self.is_bunching = False
 
     def update(self, decode_seconds: float, usual: StepOption, slow: StepOption) -> None:
@@ -66,12 +73,15 @@ class Bunches:
             slow: One that is longer.
         """
         usual_delay, slow_delay = usual.seconds - decode_seconds, slow.seconds - decode_seconds
-        gained = slow.prompt_tokens * usual_delay
+        if usual.prompt_tokens <= self._least_chunk or slow_delay <= 0:
+            return
+        ratio = slow.prompt_tokens * usual_delay / (usual.prompt_tokens * slow_delay)
+        self._ratio += (min(ratio, MOST_RATIO) - self._ratio) / RATIO_STEPS
         if self.is_bunching:
-            self.is_bunching = gained > usual.prompt_tokens * slow_delay
+            self.is_bunching = self._ratio > 1.0
             return
         is_busy = self._pace.mean_seconds - decode_seconds > BUSY * usual_delay
-        self.is_bunching = is_busy and gained > WORTH * usual.prompt_tokens * slow_delay
+        self.is_bunching = is_busy and self._ratio > WORTH
 
     def is_due(self, slow: StepOption) -> bool:
         """Whether the next step may be the slow one."""

@@ -111,7 +111,11 @@ class LatencyLimits:
         self._slow_steps: SlowSteps | None = None
         if ttft_slo_seconds is not None:
             self._slow_steps = SlowSteps(
-                itl_slo_seconds, ttft_slo_seconds, self._late_gaps, self.step_time
+                itl_slo_seconds,
+                ttft_slo_seconds,
+                self._late_gaps,
+                self.step_time,
+                min_prefill_chunk,
             )
         self.is_trusted = False
         self.is_given_up = False

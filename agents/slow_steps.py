@@ -14,6 +14,8 @@ from batchpilot.agents.step_time import StepTimeEstimator
 SLOW_STEP = 3.0
 #: Share of the time to the first token that is planned with.
 TTFT_AIM = 0.9
+#: Within this share of 1 the factor on the whole model is noise, and its weights are those of now.
+SETTLED_SPEED = 0.1
 #: Share of the target that the mean pace may reach: requests live through different stretches.
 PACE_AIM = 0.92
 
@@ -41,6 +43,7 @@ class SlowSteps:
         ttft_slo_seconds: float,
         late_gaps: LateGapBudget,
         step_time: StepTimeEstimator,
+        least_chunk: int,
     ) -> None:
         """Starts with nobody waiting and nothing to spend.
 
@@ -49,12 +52,13 @@ class SlowSteps:
             ttft_slo_seconds: Target for the first one.
             late_gaps: What may be late; its owner shows it the steps.
             step_time: Learned elsewhere.
+            least_chunk: Prompt tokens that a usual step has even where the target leaves fewer.
         """
         self.queue = PrefillQueue(ttft_slo_seconds)
         self._late_gaps = late_gaps
         self._step_time = step_time
         self._pace = MeanPace(itl_slo_seconds)
-        self._bunches = Bunches(self._pace)
+        self._bunches = Bunches(self._pace, least_chunk)
         self._lacking = 0.0
 
     @property
@@ -95,7 +99,10 @@ class SlowSteps:
     def _tokens(self, snapshot: EngineSnapshot, usual: StepOption, kv_tokens: int) -> int:
         slow = self._slow_step(snapshot, usual.seconds, kv_tokens)
         decode_seconds = self._step_time.predict(snapshot.decode_seqs, 0, kv_tokens)
-        self._bunches.update(decode_seconds, usual, slow)
+        if abs(self._step_time.speed - 1) < SETTLED_SPEED:
+            self._bunches.update(decode_seconds, usual, slow)
+        else:
+            self._bunches.end()
         if self._bunches.is_bunching:
             due = self._bunches.is_due(slow)
             return self.queue.whole_prompts(slow.prompt_tokens) if due else 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from batchpilot.agents.bunches import BUSY, WORTH, Bunches, StepOption
+from batchpilot.agents.bunches import BUSY, RATIO_STEPS, WORTH, Bunches, StepOption
 from batchpilot.agents.limits import StepRecord
 from batchpilot.agents.pace import MeanPace
 
@@ -21,7 +21,13 @@ def bunches(busy):
     pace = MeanPace(TARGET)
     for _ in range(2000):
         pace.observe(StepRecord(DECODE + busy * (USUAL.seconds - DECODE), 10, 10, 0))
-    return Bunches(pace), pace
+    return Bunches(pace, least_chunk=64), pace
+
+
+def learn(waiting, option, steps=8 * RATIO_STEPS):
+    """Steps with a queue, after which what the option is worth is known."""
+    for _ in range(steps):
+        waiting.update(DECODE, USUAL, option)
 
 
 @pytest.mark.parametrize(
@@ -34,28 +40,43 @@ def bunches(busy):
 )
 def test_prompts_wait_where_that_is_cheaper_and_they_hardly_keep_up(worth, busy, expected):
     waiting, _ = bunches(busy)
-    waiting.update(DECODE, USUAL, slow(worth))
+    learn(waiting, slow(worth))
     assert waiting.is_bunching is expected
+
+
+def test_it_takes_many_steps_to_believe_that_it_is_cheaper():
+    waiting, _ = bunches(BUSY + 0.1)
+    learn(waiting, slow(100.0), steps=RATIO_STEPS // 8)  # a model that is learning a new speed
+    assert not waiting.is_bunching
+    learn(waiting, slow(1.5))
+    assert waiting.is_bunching
 
 
 def test_once_begun_it_goes_on_until_all_are_in_or_nothing_is_gained():
     waiting, pace = bunches(BUSY + 0.1)
-    waiting.update(DECODE, USUAL, slow(1.5))
+    learn(waiting, slow(1.5))
     for _ in range(2000):
         pace.observe(StepRecord(DECODE, 10, 10, 0))
-    waiting.update(DECODE, USUAL, slow(1.05))
+    learn(waiting, slow(1.05))
     assert waiting.is_bunching
-    waiting.update(DECODE, USUAL, slow(0.95))
+    learn(waiting, slow(0.95))
     assert not waiting.is_bunching
     waiting, _ = bunches(BUSY + 0.1)
-    waiting.update(DECODE, USUAL, slow(1.5))
+    learn(waiting, slow(1.5))
     waiting.end()
     assert not waiting.is_bunching
 
 
-def test_nobody_waits_for_a_slow_step_where_decoding_alone_misses_the_target():
+def test_where_the_target_leaves_no_prompt_tokens_nothing_is_learned():
     waiting, _ = bunches(BUSY + 0.5)
-    waiting.update(1.1 * TARGET, StepOption(TARGET, 64), slow(2.0))
+    for _ in range(8 * RATIO_STEPS):
+        waiting.update(1.1 * TARGET, StepOption(TARGET, 64), slow(2.0))
+    assert not waiting.is_bunching
+
+
+def test_prompt_tokens_that_cost_nothing_are_not_waited_for():
+    waiting, _ = bunches(BUSY + 0.1)
+    learn(waiting, StepOption(DECODE, 2000))
     assert not waiting.is_bunching
 
 
