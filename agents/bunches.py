@@ -7,10 +7,10 @@ from typing import NamedTuple
 from batchpilot.agents.pace import MeanPace
 
 #: Slow steps must make prompt tokens so many times as cheap as usual ones, on average over so many
-#: steps with a queue, none of which counts for more than this: single ratios hang on the model's
-#: smallest weights.
+#: looks, none of which counts for more than this: single ratios hang on the model's smallest
+#: weights.
 WORTH = 1.2
-RATIO_STEPS = 256
+RATIO_LOOKS = 32
 MOST_RATIO = 2.0
 #: Share of the newest steps that prompts have made as long as the target allows: below it, they
 #: keep up without. At 0.5, late gaps come where the target could still be held (RTX 4090, short
@@ -76,7 +76,7 @@ class Bunches:
         if usual.prompt_tokens <= self._least_chunk or slow_delay <= 0:
             return
         ratio = slow.prompt_tokens * usual_delay / (usual.prompt_tokens * slow_delay)
-        self._ratio += (min(ratio, MOST_RATIO) - self._ratio) / RATIO_STEPS
+        self._ratio += (min(ratio, MOST_RATIO) - self._ratio) / RATIO_LOOKS
         if self.is_bunching:
             self.is_bunching = self._ratio > 1.0
             return

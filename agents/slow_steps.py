@@ -14,6 +14,8 @@ from batchpilot.agents.step_time import StepTimeEstimator
 SLOW_STEP = 3.0
 #: Share of the time to the first token that is planned with.
 TTFT_AIM = 0.9
+#: Steps with a queue between two looks at whether prompts should wait for each other.
+LOOK_STEPS = 8
 #: Within this share of 1 the factor on the whole model is noise, and its weights are those of now.
 SETTLED_SPEED = 0.1
 #: Share of the target that the mean pace may reach: requests live through different stretches.
@@ -60,6 +62,7 @@ class SlowSteps:
         self._pace = MeanPace(itl_slo_seconds)
         self._bunches = Bunches(self._pace, least_chunk)
         self._lacking = 0.0
+        self._steps_to_look = 0
 
     @property
     def keeps_out(self) -> bool:
@@ -98,15 +101,23 @@ class SlowSteps:
 
     def _tokens(self, snapshot: EngineSnapshot, usual: StepOption, kv_tokens: int) -> int:
         slow = self._slow_step(snapshot, usual.seconds, kv_tokens)
-        decode_seconds = self._step_time.predict(snapshot.decode_seqs, 0, kv_tokens)
-        if abs(self._step_time.speed - 1) < SETTLED_SPEED:
-            self._bunches.update(decode_seconds, usual, slow)
-        else:
-            self._bunches.end()
+        self._steps_to_look -= 1
+        if self._steps_to_look <= 0:
+            self._steps_to_look = LOOK_STEPS
+            self._look_at_bunches(snapshot.decode_seqs, usual, slow, kv_tokens)
         if self._bunches.is_bunching:
             due = self._bunches.is_due(slow)
             return self.queue.whole_prompts(slow.prompt_tokens) if due else 0
         return slow.prompt_tokens if self._is_needed(snapshot, usual, slow) else 0
+
+    def _look_at_bunches(
+        self, decode_seqs: int, usual: StepOption, slow: StepOption, kv_tokens: int
+    ) -> None:
+        if abs(self._step_time.speed - 1) < SETTLED_SPEED:
+            decode_seconds = self._step_time.predict(decode_seqs, 0, kv_tokens)
+            self._bunches.update(decode_seconds, usual, slow)
+        else:
+            self._bunches.end()
 
     def _slow_step(self, snapshot: EngineSnapshot, aim: float, kv_tokens: int) -> StepOption:
         """As long as it may be, or as long as the start-up token budget makes it."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from batchpilot.agents.bunches import BUSY, RATIO_STEPS, WORTH, Bunches, StepOption
+from batchpilot.agents.bunches import BUSY, RATIO_LOOKS, WORTH, Bunches, StepOption
 from batchpilot.agents.limits import StepRecord
 from batchpilot.agents.pace import MeanPace
 
@@ -24,9 +24,9 @@ def bunches(busy):
     return Bunches(pace, least_chunk=64), pace
 
 
-def learn(waiting, option, steps=8 * RATIO_STEPS):
-    """Steps with a queue, after which what the option is worth is known."""
-    for _ in range(steps):
+def learn(waiting, option, looks=8 * RATIO_LOOKS):
+    """Looks after which what the option is worth is known."""
+    for _ in range(looks):
         waiting.update(DECODE, USUAL, option)
 
 
@@ -44,9 +44,9 @@ def test_prompts_wait_where_that_is_cheaper_and_they_hardly_keep_up(worth, busy,
     assert waiting.is_bunching is expected
 
 
-def test_it_takes_many_steps_to_believe_that_it_is_cheaper():
+def test_it_takes_many_looks_to_believe_that_it_is_cheaper():
     waiting, _ = bunches(BUSY + 0.1)
-    learn(waiting, slow(100.0), steps=RATIO_STEPS // 8)  # a model that is learning a new speed
+    learn(waiting, slow(100.0), looks=RATIO_LOOKS // 8)  # a model that is learning a new speed
     assert not waiting.is_bunching
     learn(waiting, slow(1.5))
     assert waiting.is_bunching
@@ -69,7 +69,7 @@ def test_once_begun_it_goes_on_until_all_are_in_or_nothing_is_gained():
 
 def test_where_the_target_leaves_no_prompt_tokens_nothing_is_learned():
     waiting, _ = bunches(BUSY + 0.5)
-    for _ in range(8 * RATIO_STEPS):
+    for _ in range(8 * RATIO_LOOKS):
         waiting.update(1.1 * TARGET, StepOption(TARGET, 64), slow(2.0))
     assert not waiting.is_bunching
 
