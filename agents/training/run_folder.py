@@ -74,7 +74,10 @@ class RunFolder:
         Raises:
             ConfigError: There is none, or it cannot be used.
         """
-        return read_run_config(self.path / "config.yaml")
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            raise ConfigError(f"{self.path} is no run's folder: there is no config.yaml in it")
+        return read_run_config(file)
 
     def note_command(self) -> None:
         """Adds the command line of this process."""

@@ -48,7 +48,8 @@ class BenchSettings(Parameters):
         None, help="live only: smollm2-135m (the default), tiny, or a model folder"
     )
     profile: str | None = parameter(
-        None, help="virtual only: the GPU and model, a profile's name or its .json file"
+        None,
+        help="virtual only: the GPU and model, a profile's name or its .json file ('?' lists)",
     )
     policies: str = parameter(
         "static,watermark:0.05,memory", help="comma-separated; the first is the reference"
@@ -60,7 +61,8 @@ class BenchSettings(Parameters):
     )
     workload: str = parameter(
         "chat",
-        help="chat, fixed:KEY=VALUE:..., lognormal:KEY=VALUE:..., or a CSV file with the columns "
+        help="chat, a bundled trace or length distribution ('?' lists them), fixed:KEY=VALUE:..., "
+        "lognormal:prompt_mean=N:output_mean=N:..., or a CSV file with the columns "
         "arrival_s,input_tokens,output_tokens",
     )
     num_requests: int | None = parameter(
@@ -70,8 +72,9 @@ class BenchSettings(Parameters):
     )
     arrivals: str | None = parameter(
         None,
-        help="saturated (all at once), poisson:RATE (requests per second) or trace (the file's "
-        "own times); trace for a file, else saturated, when left out",
+        help="saturated (all at once), poisson:RATE (requests per second), gamma:RATE:CV (in "
+        "bursts, if CV is above 1) or trace (the file's own times); trace for a file, else "
+        "saturated, when left out",
     )
     rate_scale: float = parameter(1.0, above=0, help="multiplies the arrival rate")
     itl_slo_ms: float | None = parameter(
