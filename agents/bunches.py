@@ -7,8 +7,7 @@ from typing import NamedTuple
 from batchpilot.agents.pace import MeanPace
 
 #: Slow steps must make prompt tokens so many times as cheap as usual ones, on average over so many
-#: looks, none of which counts for more than this: single ratios hang on the model's smallest
-#: weights.
+#: looks. None counts for more than `MOST_RATIO`: single ones hang on the model's smallest weights.
 WORTH = 1.2
 RATIO_LOOKS = 32
 MOST_RATIO = 2.0
@@ -16,7 +15,7 @@ MOST_RATIO = 2.0
 #: keep up without. At 0.5, late gaps come where the target could still be held (RTX 4090, short
 #: chats).
 BUSY = 0.6
-#: Share of the target that the mean pace may reach: bunches are evenly spread, so nearly all of it.
+#: Share of the target that the mean pace may reach: the whole of it, evenly spread.
 PACE_AIM = 1.0
 
 
@@ -46,6 +45,10 @@ class Bunches:
     and one is made whenever the mean pace m stays inside the target. The second condition, that at
     least so many of the newest steps were full of prompts, keeps the pace of single tokens for as
     long as prompts keep up with it.
+
+    Limitations: once the target leaves no more than the least chunk, nothing is learned and what
+    was decided stays, until a usual step takes all who wait. Where decoding alone then misses the
+    target, nobody is let in before some of those who run have ended.
     """
 
     def __init__(self, pace: MeanPace, least_chunk: int) -> None:

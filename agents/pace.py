@@ -12,8 +12,9 @@ class MeanPace:
     """Whether a slow step still leaves the mean time per token inside the target.
 
     Formula: m <- m + (t - m) / n at every step with a decode, n the tokens of half a mean output. A
-    step of t seconds is affordable while m + (t - m) / n <= a target. A request is judged by its
-    mean over n steps or so: what quiet stretches saved, a burst may spend.
+    step of t seconds is affordable while m + (t - m) / n is at most the share of the target that
+    its buyer allows. A request is judged by its mean over n steps or so: what quiet stretches
+    saved, a burst may spend.
 
     Limitations: outputs much shorter than the mean live through a burst alone and miss the target.
     """
