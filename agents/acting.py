@@ -7,7 +7,7 @@ agent's own in service, so that an action does in both what it did in one.
 from __future__ import annotations
 
 from batchpilot.agents.actions import Action, ActionDesign
-from batchpilot.agents.limits import BatchLimits, Decision, EngineSnapshot, Source, StepRecord
+from batchpilot.agents.limits import Decision, EngineSnapshot, Source, StepRecord
 from batchpilot.agents.policy import LimitPolicy
 
 FOLLOWS_ACTION = "follows the agent's action"
@@ -33,7 +33,7 @@ class ActingPolicy:
         self.design = design
         self._base = base
         self._action: Action | None = None
-        self._based_on: BatchLimits | None = None
+        self._based_on: tuple[Decision, int, int] | None = None
         self._decision: Decision | None = None
         self._reason = BASE_DECIDES
 
@@ -57,14 +57,15 @@ class ActingPolicy:
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
         """The action's limits, relative to what the base decides for this step."""
-        base = self._base.decide(snapshot).limits
-        if self._decision is None or base != self._based_on:
+        base = self._base.decide(snapshot)
+        based_on = (base, snapshot.running, snapshot.prefill_seqs)
+        if self._decision is None or based_on != self._based_on:
             self._decision = self._map(base, snapshot)
-            self._based_on = base
+            self._based_on = based_on
         return self._decision
 
-    def _map(self, base: BatchLimits, snapshot: EngineSnapshot) -> Decision:
+    def _map(self, base: Decision, snapshot: EngineSnapshot) -> Decision:
         if self._action is None:
-            return Decision(base, Source.FALLBACK, self._reason)
-        limits = self.design.to_limits(self._action, base, snapshot.engine)
+            return Decision(base.limits, Source.FALLBACK, self._reason)
+        limits = self.design.to_limits(self._action, base, snapshot)
         return Decision(limits, Source.LEARNED, self._reason)

@@ -8,6 +8,11 @@ decides in the same step and a the action for that limit:
     residual   b span^a                          from b / span to b * span; 0 is the base itself
     grid       b f                               one pair of factors out of a few, by its number
 
+For tokens, the b of the last two is the base's room for prompts: its `max_num_batched_tokens`
+beyond the decodes of now. For sequences they say how many are let in, not whom to throw out: no
+action goes below what runs, and where the base keeps everybody out, its limit stays: until a step
+that takes many together, one let in before would spoil it.
+
 A trained policy records `ACTION_VERSION`; any change of a mapping is a new version.
 """
 
@@ -19,11 +24,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-from batchpilot.agents.limits import BatchLimits, EngineFacts
+from batchpilot.agents.limits import BatchLimits, Decision, EngineFacts, EngineSnapshot
 from batchpilot.agents.parameters import ConfigError
 
 ACTION_SIZE = 2
-ACTION_VERSION = 1
+ACTION_VERSION = 2
 
 Design = Literal["absolute", "residual", "grid"]
 #: Two numbers in [-1, 1], or the number of a pair of factors.
@@ -110,14 +115,15 @@ def _scaled(action: float, low: int, high: int) -> int:
 class ResidualScale:
     """Shifts a base policy's limits on a log scale.
 
-    Formula, for each limit: limit = base span^a, rounded to a whole number, then kept between
-    `lowest` and the start-up value. An action of 0 is the base's own limit, exactly and whatever
-    it is.
+    Formula: max_num_seqs = base span^a, not below what runs, and the base's own where it keeps
+    everybody out; max_num_batched_tokens = D + (base - D) span^a, with D the tokens of the decodes
+    of now. Rounded to whole numbers, and kept between `lowest` and the start-up value. An action of
+    0 is the base's own limit, exactly and whatever it is.
 
     Attributes:
         seqs_span: What a = 1 multiplies `max_num_seqs` by, and a = -1 divides it by.
-        tokens_span: The same of `max_num_batched_tokens`.
-        lowest: Least limits an action may lead to.
+        tokens_span: The same of the room for prompts in `max_num_batched_tokens`.
+        lowest: Fewest sequences, and prompt tokens beside the decodes, an action may lead to.
 
     Raises:
         ConfigError: A span that is not a finite number above 1.
@@ -135,7 +141,7 @@ class ResidualScale:
                 raise ConfigError(f"{name}={span!r} must be a finite number above 1")
 
     def to_limits(
-        self, action: Sequence[float], base: BatchLimits, engine: EngineFacts
+        self, action: Sequence[float], base: Decision, snapshot: EngineSnapshot
     ) -> BatchLimits:
         """The limits an action asks for; actions beyond [-1, 1] are taken as the nearest inside.
 
@@ -144,7 +150,7 @@ class ResidualScale:
         """
         seqs, tokens = checked_action(action)
         factors = (math.pow(self.seqs_span, seqs), math.pow(self.tokens_span, tokens))
-        return _shifted(base, factors, self.lowest, engine)
+        return _shifted(base, factors, self.lowest, snapshot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +162,8 @@ class ResidualGrid:
 
     Attributes:
         seqs_factors: Factors of `max_num_seqs`.
-        tokens_factors: Factors of `max_num_batched_tokens`.
-        lowest: Least limits an action may lead to.
+        tokens_factors: Factors of the room for prompts in `max_num_batched_tokens`.
+        lowest: Fewest sequences, and prompt tokens beside the decodes, an action may lead to.
 
     Raises:
         ConfigError: A factor that is not a finite number above 0, one given twice, or no pair
@@ -199,13 +205,13 @@ class ResidualGrid:
         seqs, tokens = divmod(int(action), len(self.tokens_factors))
         return self.seqs_factors[seqs], self.tokens_factors[tokens]
 
-    def to_limits(self, action: int, base: BatchLimits, engine: EngineFacts) -> BatchLimits:
+    def to_limits(self, action: int, base: Decision, snapshot: EngineSnapshot) -> BatchLimits:
         """The limits an action asks for.
 
         Raises:
             ValueError: There is no such action.
         """
-        return _shifted(base, self.factors(action), self.lowest, engine)
+        return _shifted(base, self.factors(action), self.lowest, snapshot)
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,8 @@ class ActionDesign:
     Attributes:
         design: `absolute`, `residual` or `grid`.
         min_num_seqs: Least `max_num_seqs` an action may lead to.
-        min_num_batched_tokens: Least `max_num_batched_tokens` an action may lead to.
+        min_num_batched_tokens: Least `max_num_batched_tokens` an action may lead to; relative to a
+            base, least room for prompts in it.
         seqs_span: Of `ResidualScale`.
         tokens_span: Of `ResidualScale`.
         seqs_factors: Of `ResidualGrid`.
@@ -284,22 +291,22 @@ class ActionDesign:
             raise ValueError(f"a model's output must be {self.output_size} finite numbers")
         return values.index(max(values))
 
-    def to_limits(self, action: Action, base: BatchLimits, engine: EngineFacts) -> BatchLimits:
+    def to_limits(self, action: Action, base: Decision, snapshot: EngineSnapshot) -> BatchLimits:
         """The limits that an action asks for.
 
         Args:
             action: As `chosen` gives it.
             base: What the base policy decides in this step; `absolute` does not look at it.
-            engine: Where.
+            snapshot: Before the step.
 
         Raises:
             ValueError: No action of this design.
         """
         if isinstance(action, int):
-            return self.grid.to_limits(action, base, engine)
+            return self.grid.to_limits(action, base, snapshot)
         if self.design == "residual":
-            return self.residual.to_limits(action, base, engine)
-        return self._absolute(action, engine)
+            return self.residual.to_limits(action, base, snapshot)
+        return self._absolute(action, snapshot.engine)
 
     def _absolute(self, action: Sequence[float], engine: EngineFacts) -> BatchLimits:
         """`ActionScale`, also for an engine whose start-up value leaves nothing to choose."""
@@ -324,20 +331,21 @@ def checked_action(action: Sequence[float]) -> tuple[float, float]:
 
 
 def _shifted(
-    base: BatchLimits, factors: tuple[float, float], lowest: BatchLimits, engine: EngineFacts
+    base: Decision, factors: tuple[float, float], lowest: BatchLimits, snapshot: EngineSnapshot
 ) -> BatchLimits:
-    """The base's limits times the factors; a factor of 1 leaves a limit untouched."""
-    seqs, tokens = factors
+    """The base's limits shifted by the factors; a factor of 1 leaves a limit untouched."""
+    engine, running = snapshot.engine, snapshot.running
     highest = engine.startup_limits
-    return BatchLimits(
-        _multiplied(base.max_num_seqs, seqs, lowest.max_num_seqs, highest.max_num_seqs),
-        _multiplied(
-            base.max_num_batched_tokens,
-            tokens,
-            lowest.max_num_batched_tokens,
-            highest.max_num_batched_tokens,
-        ),
-    )
+    seqs, tokens = base.limits.max_num_seqs, base.limits.max_num_batched_tokens
+    if not base.keeps_out:
+        least = max(lowest.max_num_seqs, running)
+        seqs = _multiplied(seqs, factors[0], least, highest.max_num_seqs)
+    decoded = snapshot.decode_seqs * engine.tokens_per_decode
+    if tokens > decoded:
+        most = highest.max_num_batched_tokens - decoded
+        room = _multiplied(tokens - decoded, factors[1], lowest.max_num_batched_tokens, most)
+        tokens = decoded + room
+    return BatchLimits(seqs, tokens)
 
 
 def _multiplied(value: int, factor: float, low: int, high: int) -> int:

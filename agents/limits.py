@@ -196,12 +196,15 @@ class Decision:
         source: Who decided.
         reason: A short phrase for logs; constant per branch, so that deciding allocates little.
         binding: What keeps the next request out; filled in by the shield.
+        keeps_out: Nobody is let in now, whatever the limit would be: who shifts limits leaves
+            `max_num_seqs` as it is.
     """
 
     limits: BatchLimits
     source: Source
     reason: str
     binding: Binding = Binding.NONE
+    keeps_out: bool = False
 
 
 def binding_constraint(

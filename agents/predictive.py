@@ -109,7 +109,7 @@ class PredictivePolicy:
             return self._decided(seqs, tokens, GIVEN_UP)
         if not latency.is_trusted:
             return self._guarded(snapshot, latency.slow_start_tokens)
-        reason = PEAK
+        reason, keeps_out = PEAK, False
         if latency.largest_batch < seqs:
             seqs, reason = max(latency.largest_batch, snapshot.running), LARGER_BATCH
         decodes = snapshot.decode_seqs
@@ -117,10 +117,10 @@ class PredictivePolicy:
             prefill = latency.prefill(snapshot)
             tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill.tokens)
             if not prefill.admits:
-                seqs = snapshot.running
+                seqs, keeps_out = snapshot.running, True
             if prefill.reason is not FITS:
                 reason = prefill.reason
-        return self._decided(seqs, tokens, reason)
+        return self._decided(seqs, tokens, reason, keeps_out=keeps_out)
 
     def _guarded(self, snapshot: EngineSnapshot, prefill: int) -> Decision:
         """The guard's sequence limit, and a token budget that has kept the target so far."""
@@ -132,7 +132,13 @@ class PredictivePolicy:
         return self._decided(seqs, tokens, COLD, Source.MEMORY_SLA)
 
     def _decided(
-        self, seqs: int, tokens: int, reason: str, source: Source = Source.PREDICTIVE
+        self,
+        seqs: int,
+        tokens: int,
+        reason: str,
+        source: Source = Source.PREDICTIVE,
+        *,
+        keeps_out: bool = False,
     ) -> Decision:
         """The decision held, where it is the same."""
         held = self._decision
@@ -143,7 +149,8 @@ class PredictivePolicy:
             or held.reason is not reason
             or held.source is not source
         ):
-            self._decision = held = Decision(BatchLimits(seqs, tokens), source, reason)
+            limits = BatchLimits(seqs, tokens)
+            self._decision = held = Decision(limits, source, reason, keeps_out=keeps_out)
         return held
 
 

@@ -15,7 +15,16 @@ from batchpilot.agents.parameters import ConfigError
 
 FACTS = EngineFacts(BatchLimits(256, 4096), total_blocks=100, block_size=16)
 RESIDUAL = ResidualScale(seqs_span=2.0, tokens_span=8.0, lowest=BatchLimits(4, 64))
+IDLE = EngineSnapshot(FACTS, 0.0, running=0, waiting=1)
 GRID = ResidualGrid((0.5, 1.0, 2.0), (0.25, 1.0), lowest=BatchLimits(4, 64))
+
+
+def based(seqs: int, tokens: int, *, keeps_out: bool = False) -> Decision:
+    return Decision(BatchLimits(seqs, tokens), Source.PREDICTIVE, "", keeps_out=keeps_out)
+
+
+def running_with(running: int, prefill_seqs: int = 0) -> EngineSnapshot:
+    return EngineSnapshot(FACTS, 0.0, running, waiting=1, prefill_seqs=prefill_seqs)
 
 
 @pytest.mark.parametrize(
@@ -29,27 +38,47 @@ GRID = ResidualGrid((0.5, 1.0, 2.0), (0.25, 1.0), lowest=BatchLimits(4, 64))
     ],
 )
 def test_residual_actions_shift_the_base_on_a_log_scale(action, limits):
-    assert RESIDUAL.to_limits(action, BatchLimits(100, 2048), FACTS) == limits
+    assert RESIDUAL.to_limits(action, based(100, 2048), IDLE) == limits
 
 
 def test_shifted_limits_stay_between_the_lowest_and_the_startup_ones():
-    assert RESIDUAL.to_limits((-1, -1), BatchLimits(5, 100), FACTS) == BatchLimits(4, 64)
-    assert RESIDUAL.to_limits((1, 1), BatchLimits(200, 4000), FACTS) == BatchLimits(256, 4096)
+    assert RESIDUAL.to_limits((-1, -1), based(5, 100), IDLE) == BatchLimits(4, 64)
+    assert RESIDUAL.to_limits((1, 1), based(200, 4000), IDLE) == BatchLimits(256, 4096)
 
 
-@given(st.integers(-5, 10**6), st.integers(-5, 10**6))
-def test_an_action_of_0_is_the_base_itself_whatever_it_says(seqs: int, tokens: int):
-    base = BatchLimits(seqs, tokens)
-    assert RESIDUAL.to_limits((0.0, -0.0), base, FACTS) == base
-    assert GRID.to_limits(GRID.neutral, base, FACTS) == base
+@given(st.integers(-5, 10**6), st.integers(-5, 10**6), st.integers(0, 300))
+def test_an_action_of_0_is_the_base_itself_whatever_it_says(seqs: int, tokens: int, running: int):
+    base, snapshot = based(seqs, tokens), running_with(running)
+    assert RESIDUAL.to_limits((0.0, -0.0), base, snapshot) == base.limits
+    assert GRID.to_limits(GRID.neutral, base, snapshot) == base.limits
     for design in (ActionDesign(design="residual"), ActionDesign(design="grid")):
-        assert design.to_limits(design.neutral, base, FACTS) == base
+        assert design.to_limits(design.neutral, base, snapshot) == base.limits
+
+
+@given(st.floats(-1, 1), st.integers(1, 100))
+def test_whom_the_base_keeps_out_no_action_lets_in(seqs: float, running: int):
+    base = based(running, 2048, keeps_out=True)
+    assert RESIDUAL.to_limits((seqs, 0.0), base, running_with(running)) == base.limits
+    assert GRID.to_limits(5, base, running_with(running)) == base.limits
+
+
+def test_an_action_lets_nobody_in_at_the_lowest():
+    found = RESIDUAL.to_limits((-1.0, 0.0), based(100, 2048), running_with(80))
+    assert found.max_num_seqs == 80
+
+
+def test_tokens_of_the_decodes_are_no_action_s_to_give_or_take():
+    base, snapshot = based(100, 300), running_with(200, prefill_seqs=100)
+    assert RESIDUAL.to_limits((0.0, 1.0), base, snapshot).max_num_batched_tokens == 100 + 8 * 200
+    assert RESIDUAL.to_limits((0.0, -1 / 3), base, snapshot).max_num_batched_tokens == 200
+    assert RESIDUAL.to_limits((0.0, -1.0), base, snapshot).max_num_batched_tokens == 100 + 64
 
 
 @given(st.floats(-1, 1), st.floats(-1, 1))
 def test_opposite_actions_undo_each_other_to_within_rounding(first: float, second: float):
-    there = RESIDUAL.to_limits((first, second / 4), BatchLimits(100, 2000), FACTS)
-    back = RESIDUAL.to_limits((-first, -second / 4), there, FACTS)
+    there = RESIDUAL.to_limits((first, second / 4), based(100, 2000), IDLE)
+    base = based(there.max_num_seqs, there.max_num_batched_tokens)
+    back = RESIDUAL.to_limits((-first, -second / 4), base, IDLE)
     assert abs(back.max_num_seqs - 100) <= 1.5
     assert abs(back.max_num_batched_tokens - 2000) <= 1.5
 
@@ -65,7 +94,7 @@ def test_opposite_actions_undo_each_other_to_within_rounding(first: float, secon
     ],
 )
 def test_grid_actions_are_pairs_of_factors(number, limits):
-    assert GRID.to_limits(number, BatchLimits(100, 2048), FACTS) == limits
+    assert GRID.to_limits(number, based(100, 2048), IDLE) == limits
 
 
 def test_a_grid_knows_its_size_and_its_neutral_action():
@@ -111,7 +140,7 @@ def test_an_output_that_stands_for_nothing(design, output):
 def test_the_absolute_design_is_the_environments_scale(first: float, second: float):
     scale = ActionScale.of(FACTS, min_num_seqs=1, min_num_batched_tokens=64)
     design = ActionDesign(design="absolute")
-    found = design.to_limits((first, second), BatchLimits(1, 1), FACTS)
+    found = design.to_limits((first, second), based(1, 1), IDLE)
     assert found == scale.to_limits((first, second))
 
 
@@ -119,7 +148,8 @@ def test_an_engine_whose_start_up_limits_leave_no_choice():
     tiny = EngineFacts(BatchLimits(1, 32), total_blocks=10, block_size=16)
     for design in ("absolute", "residual"):
         action = ActionDesign(design=design)
-        assert action.to_limits((1.0, 1.0), BatchLimits(1, 32), tiny) == BatchLimits(1, 32)
+        idle = EngineSnapshot(tiny, 0.0, running=0, waiting=0)
+        assert action.to_limits((1.0, 1.0), based(1, 32), idle) == BatchLimits(1, 32)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +183,7 @@ class Rising:
         return Decision(BatchLimits(self.limit, 2048), Source.MEMORY, "rising")
 
 
-SNAPSHOT = EngineSnapshot(FACTS, 0.0, running=1, waiting=1)
+SNAPSHOT = running_with(1)
 
 
 def test_an_action_holds_while_the_base_goes_on_deciding():

@@ -172,10 +172,10 @@ def test_the_action_0_is_the_base_policy_itself(make: Any, base: str):
 def test_residual_actions_shift_what_the_base_decides(make: Any):
     env = make(action_design="residual", base_policy="static:max_num_seqs=4", tokens_span=4.0)
     env.reset(seed=0)
-    asked = [env.step(np.array(a, np.float32))[4]["proposed_limits"] for a in ((1, -1), (-1, 0))]
+    asked = [env.step(np.array(a, np.float32))[4]["proposed_limits"] for a in ((-1, 0), (1, -1))]
     assert asked == [
-        {"max_num_seqs": 8, "max_num_batched_tokens": 64},
         {"max_num_seqs": 2, "max_num_batched_tokens": 256},
+        {"max_num_seqs": 8, "max_num_batched_tokens": 8 + 64},
     ]
 
 

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchpilot.agents.acting import ActingPolicy
+from batchpilot.agents.actions import ActionDesign
 from batchpilot.agents.catalog import PolicySpec
 from batchpilot.agents.latency_limits import CHECK_STEPS, LEAST_CHUNK, SLOW
 from batchpilot.agents.limits import (
@@ -309,6 +311,10 @@ def test_a_looser_target_never_gives_less(targets, decodes):
     assert tight.max_num_seqs <= loose.max_num_seqs
 
 
+def built(policy, slo):
+    return PolicySpec.parse(policy).build(vars(slo))
+
+
 def served(
     policy,
     slo,
@@ -325,7 +331,7 @@ def served(
         for planned, request in zip(spec.build().requests, requests, strict=True)
     ]
     with VirtualEngine(VirtualEngineConfig(profile, noise=noise)) as engine:
-        engine.set_policy(PolicySpec.parse(policy).build(vars(slo)))
+        engine.set_policy(built(policy, slo) if isinstance(policy, str) else policy)
         return replay(engine, timed, slo, Silent())
 
 
@@ -348,9 +354,13 @@ def test_where_any_prompt_slows_all_attention_they_are_computed_together(monkeyp
     slo = Slo(itl_slo_ms=40.0, ttft_slo_ms=2000.0)
     load = {"profile": "llama-3.1-8b-rtxpro6000", "arrivals": "poisson:rate=3", "noise": 0.05}
     together = served("predictive", slo, **load, num_requests=240)
+    eager_agent = ActingPolicy(ActionDesign(), built("predictive", slo))
+    eager_agent.act((0.3, 0.0))
+    not_undone = served(eager_agent, slo, **load, num_requests=240)
     monkeypatch.setattr("batchpilot.agents.bunches.WORTH", math.inf)
     apart = served("predictive", slo, **load, num_requests=240)
     assert together.slo_attainment > apart.slo_attainment + 0.05
+    assert not_undone.slo_attainment > apart.slo_attainment + 0.05
 
 
 def test_the_same_run_gives_the_same_numbers():
