@@ -46,9 +46,11 @@ class Bunches:
     least so many of the newest steps were full of prompts, keeps the pace of single tokens for as
     long as prompts keep up with it.
 
+    Regimes: where decoding alone misses the target, no step of any length keeps the mean pace, and
+    prompts come in as they do without all this.
+
     Limitations: once the target leaves no more than the least chunk, nothing is learned and what
-    was decided stays, until a usual step takes all who wait. Where decoding alone then misses the
-    target, nobody is let in before some of those who run have ended.
+    was decided stays.
     """
 
     def __init__(self, pace: MeanPace, least_chunk: int) -> None:
@@ -64,7 +66,7 @@ class Bunches:
         self.is_bunching = False
 
     def end(self) -> None:
-        """A usual step takes all who wait, or nobody knows what one costs."""
+        """A usual step takes all who wait, nobody knows what one costs, or none keeps the pace."""
         self.is_bunching = False
 
     def update(self, decode_seconds: float, usual: StepOption, slow: StepOption) -> None:
@@ -76,6 +78,9 @@ class Bunches:
             slow: One that is longer.
         """
         usual_delay, slow_delay = usual.seconds - decode_seconds, slow.seconds - decode_seconds
+        if usual_delay <= 0:
+            self.end()
+            return
         if usual.prompt_tokens <= self._least_chunk or slow_delay <= 0:
             return
         ratio = slow.prompt_tokens * usual_delay / (usual.prompt_tokens * slow_delay)

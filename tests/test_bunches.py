@@ -70,7 +70,16 @@ def test_once_begun_it_goes_on_until_all_are_in_or_nothing_is_gained():
 def test_where_the_target_leaves_no_prompt_tokens_nothing_is_learned():
     waiting, _ = bunches(BUSY + 0.5)
     for _ in range(8 * RATIO_LOOKS):
-        waiting.update(1.1 * TARGET, StepOption(TARGET, 64), slow(2.0))
+        waiting.update(0.9 * TARGET, StepOption(TARGET, 64), slow(2.0))
+    assert not waiting.is_bunching
+
+
+def test_where_decoding_alone_misses_the_target_nobody_waits_for_what_cannot_come():
+    waiting, _ = bunches(BUSY + 0.1)
+    learn(waiting, slow(1.5))
+    waiting.update(0.9 * TARGET, StepOption(TARGET, 64), slow(1.5))
+    assert waiting.is_bunching
+    waiting.update(1.1 * TARGET, StepOption(TARGET, 64), slow(1.5))
     assert not waiting.is_bunching
 
 
