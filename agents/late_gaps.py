@@ -8,9 +8,6 @@ from batchpilot.agents.limits import StepRecord
 
 #: A target is about the 99th percentile; what is spent on purpose stays below the last percent.
 LATE_SHARE = 0.006
-#: Twice what a 99th percentile leaves open: with so many gaps late for the sake of first tokens, it
-#: is not kept any more.
-LOST_SHARE = 0.02
 #: Steps over which the share is reckoned.
 MEMORY_STEPS = 10_000
 #: Steps that may be scheduled before the first of them is back: vLLM works one ahead.
@@ -23,16 +20,12 @@ class LateGapBudget:
     Formula: with D sequences decoding in a step, late = sum of D over late steps and all = sum of D
     over all steps, both discounted by 1 - 1/`MEMORY_STEPS` a step. Another step may be late while
     (late + planned + D) <= `LATE_SHARE` all, where planned are late steps not back yet.
-
-    The target is lost while needed > `LOST_SHARE` all, with needed the sum of D over the steps that
-    had to be late for first tokens, made or not, discounted likewise. What noise makes late says
-    nothing of the load, and what is late by choice once the target is lost does not keep it so.
     """
 
     def __init__(self, target_seconds: float) -> None:
         """Starts with nothing to spend."""
         self._target = target_seconds
-        self._late = self._needed = self._all = 0.0
+        self._late = self._all = 0.0
         self._planned: deque[int] = deque([0] * STEPS_IN_FLIGHT, maxlen=STEPS_IN_FLIGHT)
 
     @property
@@ -45,16 +38,10 @@ class LateGapBudget:
         """Late gaps as a share of those that may be: 1 where the budget is spent."""
         return self._late / (LATE_SHARE * self._all) if self._all else 1.0
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether first tokens have needed more late gaps than the target can bear."""
-        return self._needed > LOST_SHARE * self._all
-
     def observe(self, step: StepRecord) -> None:
         """Counts a step's gaps, whoever made them late."""
         keep = 1 - 1 / MEMORY_STEPS
         self._late *= keep
-        self._needed *= keep
         self._all = self._all * keep + step.decode_seqs
         if step.seconds > self._target:
             self._late += step.decode_seqs
@@ -63,10 +50,6 @@ class LateGapBudget:
         """Whether the next step may be late."""
         late = self._late + sum(self._planned) + decode_seqs
         return late <= LATE_SHARE * self._all
-
-    def need(self, decode_seqs: int) -> None:
-        """Notes that the step about to be scheduled has to be late."""
-        self._needed += decode_seqs
 
     def plan(self, decode_seqs: int) -> None:
         """Notes the gaps of the step about to be scheduled that will be late; 0 for none."""

@@ -18,13 +18,15 @@ TTFT_AIM = 0.9
 LOOK_STEPS = 8
 #: Within this share of 1 the factor on the whole model is noise, and its weights are those of now.
 SETTLED_SPEED = 0.1
-#: Share of the target that the mean pace may reach: requests live through different stretches. The
-#: whole of it where the target is lost and slow steps come evenly.
-PACE_AIM, LOST_PACE_AIM = 0.92, 1.0
+#: Share of the target that the mean pace may reach: requests live through different stretches.
+PACE_AIM = 0.92
 
 
 class SlowSteps:
     """Buys first tokens with late gaps: as few as it takes, and evenly spread.
+
+    Where long steps make prompt tokens much cheaper, and usual ones hardly keep up, prompts wait
+    for each other instead: see `Bunches`.
 
     Formula: r is the pace, in prompt tokens a second, at which all who can be in time are. A usual
     step of c seconds and P tokens lacks r c - P of it; a slow one, of s = `SLOW_STEP` c seconds and
@@ -32,11 +34,6 @@ class SlowSteps:
     one brings, one is made, if either the late gaps that a 99th percentile leaves open or the mean
     pace pays for it. So first tokens come just in time, and answers that begin in a burst share
     its slow steps: all at once they would fall on those who are there, however short.
-
-    Regimes: where long steps make prompt tokens much cheaper, and usual ones hardly keep up,
-    prompts wait for each other instead: see `Bunches`. Where so many slow steps were needed that
-    the target is lost (`LateGapBudget.is_lost`), no gap is left to spare: every step with a queue
-    is slow for which the mean pace pays, so that the next burst finds the queue short.
 
     Attributes:
         queue: Who waits for a first token.
@@ -108,20 +105,10 @@ class SlowSteps:
         if self._steps_to_look <= 0:
             self._steps_to_look = LOOK_STEPS
             self._look_at_bunches(snapshot.decode_seqs, usual, slow, kv_tokens)
-        is_lost = self._late_gaps.is_lost
-        if is_lost:
-            self._bunches.end()
-        tokens = slow.prompt_tokens
         if self._bunches.is_bunching:
-            makes = self._bunches.is_due(slow)
-            tokens = self.queue.whole_prompts(tokens)
-        else:
-            makes = self._is_needed(snapshot, usual, slow)
-        if makes:
-            self._late_gaps.need(snapshot.decode_seqs)
-        if is_lost:
-            makes = self._pace.affords(slow.seconds, LOST_PACE_AIM)
-        return tokens if makes else 0
+            due = self._bunches.is_due(slow)
+            return self.queue.whole_prompts(slow.prompt_tokens) if due else 0
+        return slow.prompt_tokens if self._is_needed(snapshot, usual, slow) else 0
 
     def _look_at_bunches(
         self, decode_seqs: int, usual: StepOption, slow: StepOption, kv_tokens: int

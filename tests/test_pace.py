@@ -41,22 +41,6 @@ def test_what_is_scheduled_and_not_back_yet_is_spent_already():
     assert budget.allows(10)
 
 
-def test_the_target_is_lost_once_first_tokens_have_needed_twice_what_it_leaves_open():
-    budget = LateGapBudget(0.03)
-    for number in range(1000):
-        budget.observe(step(0.05 if number % 10 == 0 else 0.02))
-    assert not budget.is_lost  # a noisy GPU's gaps are late, but nobody needed them
-    for _ in range(19):
-        budget.need(10)
-    assert not budget.is_lost
-    for _ in range(5):
-        budget.need(10)
-    assert budget.is_lost
-    for _ in range(500):
-        budget.observe(step(0.05))  # late by choice
-    assert not budget.is_lost
-
-
 @pytest.mark.parametrize("life, slow_steps", [(100, 16), (400, 65)])
 def test_a_longer_life_affords_more_slow_steps(life, slow_steps):
     pace = MeanPace(0.03)
