@@ -152,6 +152,22 @@ class ResidualScale:
         factors = (math.pow(self.seqs_span, seqs), math.pow(self.tokens_span, tokens))
         return _shifted(base, factors, self.lowest, snapshot)
 
+    def to_action(
+        self, limits: BatchLimits, base: BatchLimits, decoded: int
+    ) -> tuple[float, float]:
+        """The action that makes these limits of the base's; the nearest where none does.
+
+        Args:
+            limits: Asked for.
+            base: What the base policy decided.
+            decoded: Tokens of the decodes of that moment.
+        """
+        room, base_room = (each.max_num_batched_tokens - decoded for each in (limits, base))
+        return (
+            _log_ratio(limits.max_num_seqs, base.max_num_seqs, self.seqs_span),
+            _log_ratio(room, base_room, self.tokens_span),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ResidualGrid:
@@ -346,6 +362,11 @@ def _shifted(
         room = _multiplied(tokens - decoded, factors[1], lowest.max_num_batched_tokens, most)
         tokens = decoded + room
     return BatchLimits(seqs, tokens)
+
+
+def _log_ratio(value: int, base: int, span: float) -> float:
+    """The a in [-1, 1] that makes value of base, as base span^a, where both are at least 1."""
+    return min(max(math.log(max(value, 1) / max(base, 1)) / math.log(span), -1.0), 1.0)
 
 
 def _multiplied(value: int, factor: float, low: int, high: int) -> int:

@@ -83,6 +83,17 @@ def test_opposite_actions_undo_each_other_to_within_rounding(first: float, secon
     assert abs(back.max_num_batched_tokens - 2000) <= 1.5
 
 
+@given(st.floats(-1, 1), st.floats(-1, 1), st.integers(0, 150))
+def test_limits_lead_back_to_the_action_that_asked_for_them(
+    seqs: float, tokens: float, decodes: int
+):
+    base = based(400, decodes + 4000)
+    scale = ResidualScale(seqs_span=1.3, tokens_span=8.0)
+    roomy = EngineSnapshot(EngineFacts(BatchLimits(1000, 10**5), 100, 16), 0.0, decodes, 1)
+    found = scale.to_action(scale.to_limits((seqs, tokens), base, roomy), base.limits, decodes)
+    assert found == pytest.approx((seqs, tokens), abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("number", "limits"),
     [

@@ -6,11 +6,11 @@ mean action is fitted to those by least squares. `residual` actions are relative
 engine's own policy would have applied; rows without it are left out.
 
 Limitations: it imitates, good decisions and bad ones alike, and the value network learns nothing.
+The log does not say how many tokens a decode takes: it is taken for one, also beside a draft model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,16 +158,6 @@ def _action(row: Mapping[str, Any], design: ActionDesign) -> tuple[float, float]
         return ActionScale(design.lowest, facts.startup_limits).to_action(limits)
     if row["local_max_num_seqs"] is None or row["local_max_num_batched_tokens"] is None:
         return None
-    return (
-        _shift(limits.max_num_seqs, row["local_max_num_seqs"], design.seqs_span),
-        _shift(
-            limits.max_num_batched_tokens,
-            row["local_max_num_batched_tokens"],
-            design.tokens_span,
-        ),
-    )
-
-
-def _shift(limit: int, base: int, span: float) -> float:
-    """The residual action that makes one limit of the other."""
-    return min(max(math.log(limit / base) / math.log(span), -1.0), 1.0)
+    base = BatchLimits(row["local_max_num_seqs"], row["local_max_num_batched_tokens"])
+    decoded = row["window_running"] - row["window_prefill_seqs"]
+    return design.residual.to_action(limits, base, decoded)
