@@ -110,9 +110,10 @@ class ThompsonSampler:
 class BanditPolicy:
     """A contextual bandit over a small grid of margins around a base policy.
 
-    Formula: every interval an arm, a pair of factors (f, g), shifts the base policy's two limits
-    (`ResidualGrid`). With u and v the logarithms of f and g, each over the largest of the grid, and context c
-    (`CONTEXT`, of the window before), the reward of the interval is taken to be linear in
+    Formula: every interval an arm, a pair of factors (f, g), shifts the base policy's two limits as
+    `ResidualGrid` does. With u and v the logarithms of f and g, each over the largest of the grid,
+    and context c (`CONTEXT`, of the window before), the reward of the interval is taken to be
+    linear in
 
         x = (1, c, u, v, u^2, v^2, u c, v c)
 

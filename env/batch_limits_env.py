@@ -180,8 +180,9 @@ class BatchLimitsEnv(SteeredEngineEnv[VirtualEnvParameters]):
         0      max_num_seqs            base / seqs_span     base * seqs_span
         1      max_num_batched_tokens  room / tokens_span   room * tokens_span
 
-    where room is what the base leaves beside the decodes; with `"absolute"`, the same space, from `min_num_seqs` and `min_num_batched_tokens` to the
-    start-up limits; with `"grid"`, `Discrete(28)`, one of a few pairs of factors for the same two.
+    where room is what the base leaves beside the decodes; with `"absolute"`, the same space, from
+    `min_num_seqs` and `min_num_batched_tokens` to the start-up limits; with `"grid"`,
+    `Discrete(28)`, one of a few pairs of factors for the same two.
 
     Observation, `Box(-1, 1, (26 * history,), float32)`: the interval's telemetry, before it that of
     the intervals before; `batchpilot.agents.features` has the table of names, sources, units and
