@@ -10,8 +10,8 @@ decides in the same step and a the action for that limit:
 
 For tokens, the b of the last two is the base's room for prompts: its `max_num_batched_tokens`
 beyond the decodes of now. For sequences they say how many are let in, not whom to throw out: no
-action goes below what runs, and where the base keeps everybody out, its limit stays: until a step
-that takes many together, one let in before would spoil it.
+action goes below what runs. And what the base decides as part of a plan over several steps stays as
+it is (`Decision.is_whole`): half of a plan is worse than either.
 
 A trained policy records `ACTION_VERSION`; any change of a mapping is a new version.
 """
@@ -115,10 +115,10 @@ def _scaled(action: float, low: int, high: int) -> int:
 class ResidualScale:
     """Shifts a base policy's limits on a log scale.
 
-    Formula: max_num_seqs = base span^a, not below what runs, and the base's own where it keeps
-    everybody out; max_num_batched_tokens = D + (base - D) span^a, with D the tokens of the decodes
-    of now. Rounded to whole numbers, and kept between `lowest` and the start-up value. An action of
-    0 is the base's own limit, exactly and whatever it is.
+    Formula: max_num_seqs = base span^a, not below what runs;
+    max_num_batched_tokens = D + (base - D) span^a, with D the tokens of the decodes of now. Rounded
+    to whole numbers, and kept between `lowest` and the start-up value. An action of 0 is the base's
+    own limit, exactly and whatever it is; so is any action where the base's decision is whole.
 
     Attributes:
         seqs_span: What a = 1 multiplies `max_num_seqs` by, and a = -1 divides it by.
@@ -350,12 +350,12 @@ def _shifted(
     base: Decision, factors: tuple[float, float], lowest: BatchLimits, snapshot: EngineSnapshot
 ) -> BatchLimits:
     """The base's limits shifted by the factors; a factor of 1 leaves a limit untouched."""
-    engine, running = snapshot.engine, snapshot.running
-    highest = engine.startup_limits
-    seqs, tokens = base.limits.max_num_seqs, base.limits.max_num_batched_tokens
-    if not base.keeps_out:
-        least = max(lowest.max_num_seqs, running)
-        seqs = _multiplied(seqs, factors[0], least, highest.max_num_seqs)
+    if base.is_whole:
+        return base.limits
+    engine, highest = snapshot.engine, snapshot.engine.startup_limits
+    least = max(lowest.max_num_seqs, snapshot.running)
+    seqs = _multiplied(base.limits.max_num_seqs, factors[0], least, highest.max_num_seqs)
+    tokens = base.limits.max_num_batched_tokens
     decoded = snapshot.decode_seqs * engine.tokens_per_decode
     if tokens > decoded:
         most = highest.max_num_batched_tokens - decoded

@@ -45,11 +45,13 @@ class Prefill(NamedTuple):
         tokens: Of prompts.
         reason: Why so many.
         admits: Whether requests that wait may be among them.
+        is_whole: As in `Decision`: prompts wait for each other, or this is the step they wait for.
     """
 
     tokens: int
     reason: str
     admits: bool = True
+    is_whole: bool = False
 
 
 class _Load(NamedTuple):
@@ -167,10 +169,11 @@ class LatencyLimits:
             tokens, reason = self._chunk, LEAST_CHUNK
         if self._slow_steps is not None:
             more = self._slow_steps.prefill(snapshot, tokens, kv_tokens, aim)
+            bunches = self._slow_steps.keeps_out
             if more:
-                return Prefill(more, SLOW)
-            if self._slow_steps.keeps_out:
-                return Prefill(tokens, WAITS, admits=False)
+                return Prefill(more, SLOW, is_whole=bunches)
+            if bunches:
+                return Prefill(tokens, WAITS, admits=False, is_whole=True)
         return Prefill(tokens, reason)
 
     def _margin(self) -> float:

@@ -196,15 +196,15 @@ class Decision:
         source: Who decided.
         reason: A short phrase for logs; constant per branch, so that deciding allocates little.
         binding: What keeps the next request out; filled in by the shield.
-        keeps_out: Nobody is let in now, whatever the limit would be: who shifts limits leaves
-            `max_num_seqs` as it is.
+        is_whole: It is part of a plan over several steps, such as prompts that wait to be computed
+            together: who shifts limits leaves it as it is.
     """
 
     limits: BatchLimits
     source: Source
     reason: str
     binding: Binding = Binding.NONE
-    keeps_out: bool = False
+    is_whole: bool = False
 
 
 def binding_constraint(

@@ -109,18 +109,19 @@ class PredictivePolicy:
             return self._decided(seqs, tokens, GIVEN_UP)
         if not latency.is_trusted:
             return self._guarded(snapshot, latency.slow_start_tokens)
-        reason, keeps_out = PEAK, False
+        reason, is_whole = PEAK, False
         if latency.largest_batch < seqs:
             seqs, reason = max(latency.largest_batch, snapshot.running), LARGER_BATCH
         decodes = snapshot.decode_seqs
         if decodes:
             prefill = latency.prefill(snapshot)
+            is_whole = prefill.is_whole
             tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill.tokens)
             if not prefill.admits:
-                seqs, keeps_out = snapshot.running, True
+                seqs = snapshot.running
             if prefill.reason is not FITS:
                 reason = prefill.reason
-        return self._decided(seqs, tokens, reason, keeps_out=keeps_out)
+        return self._decided(seqs, tokens, reason, is_whole=is_whole)
 
     def _guarded(self, snapshot: EngineSnapshot, prefill: int) -> Decision:
         """The guard's sequence limit, and a token budget that has kept the target so far."""
@@ -138,7 +139,7 @@ class PredictivePolicy:
         reason: str,
         source: Source = Source.PREDICTIVE,
         *,
-        keeps_out: bool = False,
+        is_whole: bool = False,
     ) -> Decision:
         """The decision held, where it is the same."""
         held = self._decision
@@ -148,9 +149,10 @@ class PredictivePolicy:
             or held.limits.max_num_batched_tokens != tokens
             or held.reason is not reason
             or held.source is not source
+            or held.is_whole is not is_whole
         ):
             limits = BatchLimits(seqs, tokens)
-            self._decision = held = Decision(limits, source, reason, keeps_out=keeps_out)
+            self._decision = held = Decision(limits, source, reason, is_whole=is_whole)
         return held
 
 

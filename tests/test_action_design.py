@@ -19,8 +19,8 @@ IDLE = EngineSnapshot(FACTS, 0.0, running=0, waiting=1)
 GRID = ResidualGrid((0.5, 1.0, 2.0), (0.25, 1.0), lowest=BatchLimits(4, 64))
 
 
-def based(seqs: int, tokens: int, *, keeps_out: bool = False) -> Decision:
-    return Decision(BatchLimits(seqs, tokens), Source.PREDICTIVE, "", keeps_out=keeps_out)
+def based(seqs: int, tokens: int, *, is_whole: bool = False) -> Decision:
+    return Decision(BatchLimits(seqs, tokens), Source.PREDICTIVE, "", is_whole=is_whole)
 
 
 def running_with(running: int, prefill_seqs: int = 0) -> EngineSnapshot:
@@ -55,11 +55,11 @@ def test_an_action_of_0_is_the_base_itself_whatever_it_says(seqs: int, tokens: i
         assert design.to_limits(design.neutral, base, snapshot) == base.limits
 
 
-@given(st.floats(-1, 1), st.integers(1, 100))
-def test_whom_the_base_keeps_out_no_action_lets_in(seqs: float, running: int):
-    base = based(running, 2048, keeps_out=True)
-    assert RESIDUAL.to_limits((seqs, 0.0), base, running_with(running)) == base.limits
-    assert GRID.to_limits(5, base, running_with(running)) == base.limits
+@given(st.floats(-1, 1), st.floats(-1, 1), st.integers(1, 100))
+def test_no_action_shifts_what_the_base_decides_as_a_whole(seqs: float, tokens: float, limit: int):
+    base = based(limit, 2048, is_whole=True)
+    assert RESIDUAL.to_limits((seqs, tokens), base, running_with(100)) == base.limits
+    assert GRID.to_limits(0, base, running_with(100)) == base.limits
 
 
 def test_an_action_lets_nobody_in_at_the_lowest():
