@@ -58,14 +58,14 @@ ROWS = [
     row("x", 1, BatchLimits(32, 1 + 512), BatchLimits(16, 1 + 512)),  # twice: a span of 2
     row("x", 2, BatchLimits(16, 2 + 64), BatchLimits(16, 2 + 512)),  # an eighth: a span of 8
     row("x", 3, BatchLimits(8, 2048), None),  # nobody knows the base
-    row("y", 1, BatchLimits(1, 1 + 2047), BatchLimits(16, 1 + 512)),  # beyond the span
+    row("y", 1, BatchLimits(1, 1 + 2048), BatchLimits(16, 1 + 512)),  # beyond the span
 ]
 
 
 def test_limits_become_actions_relative_to_the_engines_own(tmp_path: Path):
     read = read_demonstrations(write_log(tmp_path / "log", ROWS), ActionDesign("residual"), 1)
     expected = [[1, 0], [0, -1], [-1, 2 / 3]]
-    np.testing.assert_allclose(read.actions, expected, atol=1e-3)
+    np.testing.assert_allclose(read.actions, expected, atol=1e-6)
     assert read.observations.shape == (3, len(FEATURE_NAMES))
 
 
