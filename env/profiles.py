@@ -50,18 +50,19 @@ _BUNDLED = resources.files("batchpilot.env") / "gpu_profiles"
 class StepTimeModel(Parameters):
     """The time of one engine step.
 
-    In milliseconds, with D sequences that decode, P prompt tokens that are computed, and K tokens
-    of context that the decoding sequences hold together:
+    In milliseconds, with D sequences that decode, P prompt tokens that are computed, K tokens of
+    context that the decoding sequences hold together, and S, the sum over the prompts computed of
+    end^2 - start^2, where a prompt is computed from its token `start` to its token `end`:
 
-        t = decode_seq*D + (kv_token + mixed_kv_token*[P>0 and D>0])*K + prefill_squared*P^2
+        t = decode_seq*D + (kv_token + mixed_kv_token*[P>0 and D>0])*K + prefill_squared*S
             + max(floor, linear_base + token*(D+P)) + overhead + overhead_decode_seq*D
 
     The `max` is the linear layers: reading the weights takes `floor` however few the tokens, until
-    computing takes longer. K is attention over the KV cache, P^2 attention inside the prompts.
+    computing takes longer. K is attention over the KV cache; S is twice the pairs of a prompt's
+    token and one before it, so attention inside the prompts, P^2 for one that is computed whole.
 
-    Limitations: P^2 takes the prompt tokens of a step for one prompt without context before it; a
-    step of many short prompts is cheaper, a late chunk of a long one dearer. Each coefficient is
-    as good as the batches it was fitted to.
+    Limitations: each coefficient is as good as the batches it was fitted to, and those measured
+    for S held one whole prompt.
     """
 
     floor_ms: float = parameter(minimum=0, help="the weights' read time, a step's least")
@@ -72,23 +73,33 @@ class StepTimeModel(Parameters):
     mixed_kv_token_ms: float | None = parameter(
         minimum=0, help="more of it where prompts share the step; null: unknown, counted as 0"
     )
-    prefill_squared_ms: float = parameter(minimum=0, help="attention inside a prompt, per token^2")
+    prefill_squared_ms: float = parameter(minimum=0, help="attention inside prompts, per token^2")
     overhead_ms: float = parameter(minimum=0, help="the engine's own time, each step")
     overhead_decode_seq_ms: float = parameter(
         minimum=0, help="the engine's own time, each decoding sequence"
     )
 
-    def seconds(self, decode_seqs: int, prefill_tokens: int, kv_tokens: int) -> float:
+    def seconds(
+        self,
+        decode_seqs: int,
+        prefill_tokens: int,
+        kv_tokens: int,
+        prefill_squares: int | None = None,
+    ) -> float:
         """The time of a step.
 
         Args:
             decode_seqs: Sequences that decode in it.
             prefill_tokens: Prompt tokens it computes.
             kv_tokens: Context lengths of the decoding sequences, summed.
+            prefill_squares: Of each prompt computed, the squared token at which the step ends with
+                it less that at which it begins, summed; None for one whole prompt.
 
         Returns:
             Seconds.
         """
+        if prefill_squares is None:
+            prefill_squares = prefill_tokens * prefill_tokens
         kv_token_ms = self.kv_token_ms
         if prefill_tokens and decode_seqs and self.mixed_kv_token_ms is not None:
             kv_token_ms += self.mixed_kv_token_ms
@@ -100,7 +111,7 @@ class StepTimeModel(Parameters):
             + self.overhead_ms
             + (self.decode_seq_ms + self.overhead_decode_seq_ms) * decode_seqs
             + kv_token_ms * kv_tokens
-            + self.prefill_squared_ms * prefill_tokens * prefill_tokens
+            + self.prefill_squared_ms * prefill_squares
         )
 
 

@@ -55,11 +55,13 @@ class StepLoad(NamedTuple):
         decode_seqs: Sequences that decode in it.
         prefill_tokens: Prompt tokens it computes, recomputed ones included.
         kv_tokens: KV tokens its decodes read: their contexts, each with the token it adds.
+        prefill_squares: What the prompts' tokens attend to, as `StepTimeModel.seconds` counts it.
     """
 
     decode_seqs: int
     prefill_tokens: int
     kv_tokens: int
+    prefill_squares: int
 
 
 class SchedulerCore:
@@ -159,7 +161,7 @@ class SchedulerCore:
             self._prefilling.pop(request_id, None)
         cached = output.scheduled_cached_reqs
         kv_tokens = sum(cached.num_computed_tokens)
-        prefill_seqs = prefill_tokens = 0
+        prefill_seqs = prefill_tokens = prefill_squares = 0
         incomplete: list[str] = []
         scheduled = output.num_scheduled_tokens
         if self._note_prefills(output):
@@ -169,15 +171,17 @@ class SchedulerCore:
                 if not chunk:
                     continue
                 prefill_seqs += 1
+                end = request.num_computed_tokens
                 prefill_tokens += chunk
+                prefill_squares += chunk * (2 * end - chunk)
                 if request_id not in fresh:
-                    kv_tokens -= request.num_computed_tokens - chunk
+                    kv_tokens -= end - chunk
                 if request.is_prefill_chunk:
                     incomplete.append(request_id)
                 else:
                     del self._prefilling[request_id]
         decode_seqs = len(scheduled) - prefill_seqs
-        load = StepLoad(decode_seqs, prefill_tokens, kv_tokens + decode_seqs)
+        load = StepLoad(decode_seqs, prefill_tokens, kv_tokens + decode_seqs, prefill_squares)
         return _Scheduled(output, incomplete, load)
 
     def _note_prefills(self, output: Any) -> bool:

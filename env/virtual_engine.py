@@ -251,8 +251,7 @@ class VirtualEngine(SteeredEngine):
 
     def _step_seconds(self) -> float:
         """How long the step just scheduled takes."""
-        load = self._core.load
-        seconds = self._seconds(load.decode_seqs, load.prefill_tokens, load.kv_tokens)
+        seconds = self._seconds(*self._core.load)
         config = self.config
         if self._clock >= config.slow_at_s:
             seconds *= config.slow_factor

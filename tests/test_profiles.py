@@ -74,6 +74,7 @@ def changed(*path_and_value):
         ((100, 0, 5_000), 10.5 + 100 * 0.05 + 5),
         ((100, 20, 5_000), 10.5 + 100 * 0.05 + 7.5 + 0.04),  # mixed: half as much again of K
         ((0, 300, 0), 4 + 300 * 0.05 + 0.5 + 9),
+        ((0, 300, 0, 2 * 150**2), 4 + 300 * 0.05 + 0.5 + 4.5),  # two prompts, not one
     ],
 )
 def test_seconds_add_up(batch, milliseconds):

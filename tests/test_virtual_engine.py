@@ -97,6 +97,19 @@ def test_a_step_is_charged_what_it_holds(asynchronous):
 
 
 @BOTH
+def test_each_prompt_of_a_step_pays_for_its_own_attention(asynchronous):
+    virtual = engine({"prefill_squared_ms": 0.01, "overhead_ms": 5}, async_scheduling=asynchronous)
+    for token, length in enumerate((20, 30, 400)):
+        virtual.add_request(request(f"r{token}", prompt=length, output=1, token=token))
+    steps = run(virtual)
+    # 256 tokens a step: two prompts whole and 206 tokens of the third; then 206 to 400, which also
+    # attend to what is there.
+    assert [step.record.prefill_tokens for step in steps] == [256, 194]
+    seconds = [5 + 0.01 * (20**2 + 30**2 + 206**2), 5 + 0.01 * (400**2 - 206**2)]
+    assert [step.record.seconds / MS for step in steps] == pytest.approx(seconds)
+
+
+@BOTH
 def test_a_prompt_longer_than_the_budget_gives_its_token_with_the_last_chunk(asynchronous):
     virtual = engine({"token_ms": 1.0, "overhead_ms": 0.0}, async_scheduling=asynchronous)
     virtual.add_request(request("a", prompt=600, output=2))
