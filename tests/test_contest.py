@@ -145,6 +145,7 @@ def test_the_whole_command_small(folder, capsys, monkeypatch):
     pair = "static:max_num_seqs=16:max_num_batched_tokens=512"
     words = ["--quick", "--seeds", "1", "--workers", "1", "--profiles", PROFILE]
     words += ["--policies", f"predictive,{pair},watermark:0.05", "--work-dir", "kept"]
+    words += ["--markdown", "tables.md"]
     monkeypatch.setattr("batchpilot.env.contest.settings.PAIRED_SMALL", (("Azure", 3.0, 2000.0),))
     monkeypatch.setattr("batchpilot.env.contest.settings._QUICK_SHARE", 0.15)
     assert main(words) == 0
@@ -164,6 +165,10 @@ def test_the_whole_command_small(folder, capsys, monkeypatch):
     page = Path("results/predictive.html").read_text()
     assert "<svg" in page
     assert "static 16/512" in page
+    tables = Path("tables.md").read_text()
+    assert tables.count("\n## ") == len(content["tables"])
+    assert f"Made by `{content['command']}`" in tables
+    assert "| static 16/512 |" in tables
 
     first = Path("results/predictive.json").read_bytes()
     monkeypatch.setattr(trials, "run_trial", lambda trial: pytest.fail("ran again"))

@@ -19,6 +19,7 @@ from batchpilot.env.contest.ladder import (
 from batchpilot.env.contest.lineup import (
     DEFAULT,
     OURS,
+    grid_name,
     saturated_lineup,
     short_name,
     slo_lineup,
@@ -225,12 +226,23 @@ def test_labels_are_short_in_tables():
     assert short_name("memory+sla:sla=sla") == "memory+sla published"
 
 
+def test_pairs_of_the_grid_go_by_the_large_devices_names():
+    for profile in PROFILES:
+        scenario = slo_scenario(profile, "Azure", itl_factor=2.0, ttft_slo_ms=1000.0)
+        assert [grid_name(label, scenario) for label in slo_lineup(scenario)][:4] == [
+            *("static", "predictive", "static 64/512", "static 128/256")
+        ]
+    small = slo_scenario(PROFILES[0], "Azure", itl_factor=2.0, ttft_slo_ms=1000.0)
+    assert static_pair(32, 512) in slo_lineup(small)
+    assert grid_name(static_pair(16, 512), small) == "static 16/512"
+
+
 def test_settings_say_what_cannot_be_run():
     with pytest.raises(ConfigError, match="no profile 'gpu'"):
         ContestSettings(profiles="gpu")
     with pytest.raises(ConfigError, match="unknown policy 'nobody'"):
         ContestSettings(policies="nobody")
-    with pytest.raises(ConfigError, match="name two files"):
+    with pytest.raises(ConfigError, match="must be different files"):
         ContestSettings(json="same", html="same")
 
 

@@ -33,7 +33,7 @@ from batchpilot.env.bench.settings import option
 from batchpilot.env.cache import cache_folder
 from batchpilot.env.contest.capacity import compare_capacity
 from batchpilot.env.contest.crew import Crew, open_crew
-from batchpilot.env.contest.report import ContestResults, render_page
+from batchpilot.env.contest.report import ContestResults, render_markdown, render_page
 from batchpilot.env.contest.saturation import compare_saturated
 from batchpilot.env.contest.settings import ContestSettings
 from batchpilot.env.contest.shifting import compare_shifts
@@ -42,7 +42,7 @@ from batchpilot.env.contest.tables import TextTable
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 _PLAIN_WIDTH = 150
-_FILES = ("json", "html", "work_dir", "workers")
+_FILES = ("json", "html", "markdown", "work_dir", "workers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(settings: ContestSettings) -> ContestResults:
-    """Runs what the settings ask for, prints the tables and writes both files.
+    """Runs what the settings ask for, prints the tables and writes the files.
 
     Raises:
         ConfigError: Something cannot be run.
@@ -71,9 +71,10 @@ def run(settings: ContestSettings) -> ContestResults:
     folder = Path(settings.work_dir) if settings.work_dir else cache_folder() / "contest"
     with open_crew(settings.workers or usable_cores(), Console(stderr=True)) as crew:
         results = _compare(settings, crew, folder)
-    json_path, html_path = settings.output_files
-    write_whole(json_path, results.to_json_text())
-    write_whole(html_path, render_page(results))
+    write_whole(Path(settings.json), results.to_json_text())
+    write_whole(Path(settings.html), render_page(results))
+    if settings.markdown is not None:
+        write_whole(Path(settings.markdown), render_markdown(results))
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)

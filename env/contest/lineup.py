@@ -42,9 +42,23 @@ def is_hand_tuned(label: str) -> bool:
 
 def static_grid(scenario: Scenario) -> tuple[str, ...]:
     """The pairs an operator would try on this device."""
-    profile = load_profile(scenario.profile)
-    share = 2 if profile.kv_capacity_tokens <= SMALL_KV_TOKENS else 1
+    share = _grid_share(scenario)
     return tuple(static_pair(seqs // share, tokens) for seqs, tokens in _PAIRS)
+
+
+def grid_name(label: str, scenario: Scenario) -> str:
+    """A contestant's short name, a pair of the grid by what a large device has in its place."""
+    share = _grid_share(scenario)
+    for seqs, tokens in _PAIRS:
+        if label == static_pair(seqs // share, tokens):
+            return short_name(static_pair(seqs, tokens))
+    return short_name(label)
+
+
+def _grid_share(scenario: Scenario) -> int:
+    """By what the grid's sequences are divided on this device."""
+    small = load_profile(scenario.profile).kv_capacity_tokens <= SMALL_KV_TOKENS
+    return 2 if small else 1
 
 
 def slo_lineup(scenario: Scenario) -> tuple[str, ...]:

@@ -93,6 +93,19 @@ def render_page(results: ContestResults) -> str:
     )
 
 
+def render_markdown(results: ContestResults) -> str:
+    """Every table and the command that makes them, as Markdown."""
+    parts = [f"# The contest's tables\n\nMade by `{results.command}`.\n"]
+    for table in results.tables():
+        parts.append(f"## {table.title}\n")
+        rules = ("---", *["---:"] * (len(table.headings) - 1))
+        lines = (table.headings, rules, *table.rows)
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+        if table.legend:
+            parts.append(table.legend + "\n")
+    return "\n".join(parts).replace("*", r"\*")
+
+
 def capacity_figure(results: Sequence[CapacityResult], colours: Colours) -> Figure:
     """A row per scenario: everybody's capacity over that of the best static pair."""
     figure = Figure(figsize=(_WIDTH_INCHES, 1.1 + 0.5 * len(results)), layout="constrained")

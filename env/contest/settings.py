@@ -78,14 +78,18 @@ class ContestSettings(Parameters):
     )
     json: str = parameter("results/predictive.json", help="where the numbers go")
     html: str = parameter("results/predictive.html", help="where the report goes")
+    markdown: str | None = parameter(None, help="where the tables go as Markdown; nowhere if unset")
 
     def __post_init__(self) -> None:
         """Checks each value, the profiles' and the contestants' names included."""
         super().__post_init__()
         for name in self.profile_names:
             load_profile(name)
-        if self.json == self.html:
-            raise ConfigError(f"json and html are both {self.json!r}: name two files")
+        if len(set(self.output_files)) < len(self.output_files):
+            raise ConfigError(
+                f"json={self.json!r}, html={self.html!r} and markdown={self.markdown!r} must be "
+                "different files"
+            )
         for label in self._asked_for or ():
             if label != GRID:
                 Contestant.parse(label).build({"itl_slo_ms": 1.0, "ttft_slo_ms": 1.0})
@@ -129,9 +133,10 @@ class ContestSettings(Parameters):
         return SECTIONS if self.section == "all" else (self.section,)
 
     @property
-    def output_files(self) -> tuple[Path, Path]:
-        """Both files it writes."""
-        return Path(self.json), Path(self.html)
+    def output_files(self) -> tuple[Path, ...]:
+        """The files it writes."""
+        names = (self.json, self.html, self.markdown)
+        return tuple(Path(name) for name in names if name is not None)
 
     @property
     def _share(self) -> float:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
 
 from batchpilot.env.bench.summary import MISSING, number, percent
 from batchpilot.env.contest.capacity import CapacityResult, CapacityRow
-from batchpilot.env.contest.lineup import DEFAULT, OURS, PUBLISHED, WATERMARKS, short_name
+from batchpilot.env.contest.lineup import (
+    DEFAULT,
+    OURS,
+    PUBLISHED,
+    WATERMARKS,
+    grid_name,
+    short_name,
+)
 from batchpilot.env.contest.saturation import SaturationResult
 from batchpilot.env.contest.shifting import ShiftResult, ShiftRow
 from batchpilot.env.contest.summary import Spread, geometric_mean, ratio, spread
@@ -71,30 +80,68 @@ def _capacity_overview(results: Sequence[CapacityResult]) -> TextTable:
 
 def _ranking(results: Sequence[CapacityResult]) -> TextTable:
     """Everybody over all scenarios, the best first."""
-    shares: dict[str, list[float]] = {}
+    standings: dict[str, list[_Standing]] = {}
     for result in results:
-        best = result.best_static.capacity.median
         for row in result.rows:
-            name = short_name(row.policy)
-            shares.setdefault(name, []).append(row.capacity.median / best if best else 0.0)
-    complete = {name: found for name, found in shares.items() if len(found) == len(results)}
-    order = sorted(complete, key=lambda name: -geometric_mean(complete[name]))
+            name = grid_name(row.policy, result.scenario)
+            standings.setdefault(name, []).append(_Standing.of(row, result))
+    complete = {name: found for name, found in standings.items() if len(found) == len(results)}
+
+    def shares(name: str) -> list[float]:
+        return [standing.share for standing in complete[name]]
+
     rows = [
         (
             name,
-            f"{geometric_mean(complete[name]):.2f}",
-            f"{min(complete[name]):.2f}",
-            f"{max(complete[name]):.2f}",
+            f"{geometric_mean(shares(name)):.2f} ({min(shares(name)):.2f}-{max(shares(name)):.2f})",
+            _mean_percent([standing.attainment for standing in complete[name]]),
+            _mean_ratio([standing.itl for standing in complete[name]]),
+            _mean_ratio([standing.ttft for standing in complete[name]]),
         )
-        for name in order
+        for name in sorted(complete, key=lambda name: -geometric_mean(shares(name)))
     ]
     return TextTable(
-        "Capacity over that of the best static pair of each scenario",
-        ("contestant", "geometric mean", "worst", "best"),
+        "All over all scenarios: capacity over the best static pair's of each, and how targets are "
+        "kept at the common load",
+        ("contestant", "capacity", "in SLO*", "ITL p99 / target*", "TTFT p99 / target*"),
         tuple(rows),
-        "Only contestants that took part in every scenario: a static pair that small and large "
-        "devices do not share is missing. 0: in some scenario no rate was kept.",
+        "Over the scenarios: geometric means, of the share in SLO the mean; (least-greatest). Only "
+        "who took part in all of them. Pairs go by the large devices' names: small ones have half "
+        "the sequences. 0: in some scenario no rate was kept. * at each scenario's common load.",
     )
+
+
+class _Standing(NamedTuple):
+    """A contestant in one scenario, in units that scenarios share."""
+
+    share: float
+    attainment: float | None
+    itl: float | None
+    ttft: float | None
+
+    @classmethod
+    def of(cls, row: CapacityRow, result: CapacityResult) -> _Standing:
+        best, slo = result.best_static.capacity.median, result.scenario.slo
+        assert slo.itl_slo_ms is not None
+        assert slo.ttft_slo_ms is not None
+        return cls(
+            row.capacity.median / best if best else 0.0,
+            row.attainment,
+            ratio(row.itl_p99_ms, slo.itl_slo_ms) if row.itl_p99_ms else None,
+            ratio(row.ttft_p99_ms, slo.ttft_slo_ms) if row.ttft_p99_ms else None,
+        )
+
+
+def _mean_percent(shares: Sequence[float | None]) -> str:
+    known = [share for share in shares if share is not None]
+    if not known:
+        return MISSING
+    return f"{percent(fmean(known))} ({percent(min(known))}-{percent(max(known))})"
+
+
+def _mean_ratio(ratios: Sequence[float | None]) -> str:
+    known = [value for value in ratios if value is not None]
+    return f"{geometric_mean(known):.2f}" if known else MISSING
 
 
 def _capacity_of(result: CapacityResult) -> TextTable:
