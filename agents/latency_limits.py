@@ -9,7 +9,7 @@ from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
 from batchpilot.agents.slow_steps import SlowSteps
-from batchpilot.agents.step_time import StepTimeEstimator
+from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
 
 #: The target is aimed at from below by so many standard deviations of the step time's noise, once
 #: the late gaps are spent.
@@ -73,10 +73,12 @@ class LatencyLimits:
     Formula, with target tau, noise sigma, u <= 1 the share of the permitted late gaps that is used,
     D decodes about to run and K tokens in the cache:
 
-        prefill = max(chunk, largest P with t(D, P, K) <= tau / (1 + 2 u sigma))
+        prefill = max(chunk, largest P with t(D, P, K, S) <= tau / (1 + 2 u sigma))
         largest batch = largest b with t(b, min(chunk, b E[in] / E[out]), b kappa)
             <= tau / (1 + min(2 u sigma, `MOST_BATCH_MARGIN`))
 
+    where S follows from P, from where the oldest prompt stands, and from E[in]: later chunks of a
+    long prompt attend to more, and take longer;
     where b E[in] / E[out] is the prefill of a step in balance, each prompt spread over its output,
     and kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence holds on average over its
     life. While nobody decodes, nobody waits for a token, and prefill is not limited.
@@ -122,6 +124,7 @@ class LatencyLimits:
         self.is_trusted = False
         self.is_given_up = False
         self.largest_batch = 1
+        self._prompt_tokens = math.inf
 
     @property
     def slow_start_tokens(self) -> int:
@@ -163,18 +166,22 @@ class LatencyLimits:
         """Prompt tokens that the step about to be scheduled has time for, beside its decodes."""
         decodes = snapshot.decode_seqs
         kv_tokens = snapshot.used_blocks * snapshot.engine.block_size
-        aim = self._aim()
-        tokens, reason = self.step_time.largest_prefill(decodes, kv_tokens, aim), FITS
+        aim, prompts = self._aim(), self._prompts(snapshot)
+        tokens, reason = self.step_time.largest_prefill(decodes, kv_tokens, aim, prompts), FITS
         if tokens < self._chunk:
             tokens, reason = self._chunk, LEAST_CHUNK
         if self._slow_steps is not None:
-            more = self._slow_steps.prefill(snapshot, tokens, kv_tokens, aim)
+            more = self._slow_steps.prefill(snapshot, tokens, kv_tokens, aim, prompts)
             bunches = self._slow_steps.keeps_out
             if more:
                 return Prefill(more, SLOW, is_whole=bunches)
             if bunches:
                 return Prefill(tokens, WAITS, admits=False, is_whole=True)
         return Prefill(tokens, reason)
+
+    def _prompts(self, snapshot: EngineSnapshot) -> PromptsAhead:
+        """Those of the next step: what is left of the oldest, then some of mean length."""
+        return PromptsAhead(snapshot.prompt_computed, snapshot.prompt_left, self._prompt_tokens)
 
     def _margin(self) -> float:
         """How far below the target to aim: further, the more gaps were late lately."""
@@ -200,10 +207,11 @@ class LatencyLimits:
         decodes = snapshot.decode_seqs
         kv_tokens = snapshot.used_blocks * snapshot.engine.block_size
         most = snapshot.engine.startup_limits.max_num_batched_tokens
-        prefill = model.largest_prefill(decodes, kv_tokens, self._aim())
+        prompts = self._prompts(snapshot)
+        prefill = model.largest_prefill(decodes, kv_tokens, self._aim(), prompts)
         prefill = min(max(prefill, self._chunk), most)
         return (
-            model.relative_error(decodes, prefill, kv_tokens) <= bound
+            model.relative_error(decodes, prefill, kv_tokens, prompts) <= bound
             and model.relative_error(decodes, 0, kv_tokens) <= bound
         )
 
@@ -213,6 +221,7 @@ class LatencyLimits:
         lengths = self._lengths.latest
         if lengths is None:
             return _Load(context, math.inf, 1.0)
+        self._prompt_tokens = lengths.prompt_mean
         if self._slow_steps is not None:
             self._slow_steps.set_life(lengths.mean)
         grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
@@ -245,5 +254,6 @@ class LatencyLimits:
         prefill = int(max(load.prompt, batch * load.prompt_share))
         kv_tokens = int(batch * load.context)
         mixed = min(batch / load.output, 1.0)
-        seconds = mixed * self.step_time.predict(batch, prefill, kv_tokens)
+        prompts = PromptsAhead(length=load.prompt)
+        seconds = mixed * self.step_time.predict(batch, prefill, kv_tokens, prompts)
         return seconds + (1 - mixed) * self.step_time.predict(batch, 0, kv_tokens)

@@ -115,6 +115,8 @@ class EngineSnapshot(NamedTuple):
         reserved_seqs: Places held outside RUNNING (paused streaming sessions).
         used_blocks: KV blocks that requests hold.
         binding: What kept the next request out in the previous step.
+        prompt_computed: Tokens computed of the oldest prompt in RUNNING that is not finished.
+        prompt_left: Tokens still to compute of it; 0 where none is, or nobody knows.
         read_running: Reads every running sequence; O(N), call it only when an admission is at hand.
         read_waiting: Reads up to `count` next waiting requests in queue order; may return fewer.
     """
@@ -127,6 +129,8 @@ class EngineSnapshot(NamedTuple):
     reserved_seqs: int = 0
     used_blocks: int = 0
     binding: Binding = Binding.NONE
+    prompt_computed: int = 0
+    prompt_left: int = 0
     read_running: Callable[[], Sequence[SequenceState]] = _none_running
     read_waiting: Callable[[int], Sequence[SequenceState]] = _none_waiting
 
@@ -172,6 +176,9 @@ class StepRecord(NamedTuple):
         binding: What kept the next request out of it.
         regular: False where `seconds` says little of the batch: the first steps after start and
             the first after an idle gap.
+        prefill_squares: What its prompts' tokens attended to: over the prompts, each computed from
+            its token `start` to its token `end`, the sum of end^2 - start^2. 0 beside prompt tokens
+            where nobody knows.
     """
 
     seconds: float
@@ -185,6 +192,7 @@ class StepRecord(NamedTuple):
     arrived: tuple[int, ...] = ()
     binding: Binding = Binding.NONE
     regular: bool = True
+    prefill_squares: int = 0
 
 
 @dataclass(frozen=True, slots=True)

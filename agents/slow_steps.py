@@ -7,7 +7,7 @@ from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
 from batchpilot.agents.pace import MeanPace
 from batchpilot.agents.prefill_queue import PrefillQueue
-from batchpilot.agents.step_time import StepTimeEstimator
+from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
 
 #: A slow step takes so many times what others aim at. Few long ones make fewer gaps late than many
 #: short ones for the same prompt tokens; longer ones yet would be felt by a short answer.
@@ -82,7 +82,14 @@ class SlowSteps:
         """Takes in who waits now, before each step."""
         self.queue.update(snapshot)
 
-    def prefill(self, snapshot: EngineSnapshot, usual: int, kv_tokens: int, aim: float) -> int:
+    def prefill(
+        self,
+        snapshot: EngineSnapshot,
+        usual: int,
+        kv_tokens: int,
+        aim: float,
+        prompts: PromptsAhead,
+    ) -> int:
         """Prompt tokens of the step about to be scheduled, if it is to be slow; else 0.
 
         Args:
@@ -90,17 +97,20 @@ class SlowSteps:
             usual: Prompt tokens of a step that takes `aim`.
             kv_tokens: Tokens in the KV cache.
             aim: Seconds a usual step may take.
+            prompts: That it will meet.
         """
         tokens = 0
         if self.queue.backlog_tokens > usual:
-            tokens = self._tokens(snapshot, StepOption(aim, usual), kv_tokens)
+            slow = self._slow_step(snapshot, aim, kv_tokens, prompts)
+            tokens = self._tokens(snapshot, StepOption(aim, usual), slow, kv_tokens)
         else:
             self._bunches.end()
         self._late_gaps.plan(snapshot.decode_seqs if tokens else 0)
         return tokens
 
-    def _tokens(self, snapshot: EngineSnapshot, usual: StepOption, kv_tokens: int) -> int:
-        slow = self._slow_step(snapshot, usual.seconds, kv_tokens)
+    def _tokens(
+        self, snapshot: EngineSnapshot, usual: StepOption, slow: StepOption, kv_tokens: int
+    ) -> int:
         self._steps_to_look -= 1
         if self._steps_to_look <= 0:
             self._steps_to_look = LOOK_STEPS
@@ -119,14 +129,16 @@ class SlowSteps:
         else:
             self._bunches.end()
 
-    def _slow_step(self, snapshot: EngineSnapshot, aim: float, kv_tokens: int) -> StepOption:
+    def _slow_step(
+        self, snapshot: EngineSnapshot, aim: float, kv_tokens: int, prompts: PromptsAhead
+    ) -> StepOption:
         """As long as it may be, or as long as the start-up token budget makes it."""
         decodes, engine = snapshot.decode_seqs, snapshot.engine
         seconds = SLOW_STEP * aim
-        tokens = self._step_time.largest_prefill(decodes, kv_tokens, seconds)
+        tokens = self._step_time.largest_prefill(decodes, kv_tokens, seconds, prompts)
         most = engine.startup_limits.max_num_batched_tokens - decodes * engine.tokens_per_decode
         if tokens > most:
-            return StepOption(self._step_time.predict(decodes, most, kv_tokens), most)
+            return StepOption(self._step_time.predict(decodes, most, kv_tokens, prompts), most)
         return StepOption(seconds, tokens)
 
     def _is_needed(self, snapshot: EngineSnapshot, usual: StepOption, slow: StepOption) -> bool:

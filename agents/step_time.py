@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ SMALLEST_NOISE = 0.005
 PRIOR = 1e-6
 NOISE_GAIN = 0.05
 BIAS_GAIN = 1 / 32
+#: What fits where a token costs nothing.
+MANY_TOKENS = 2.0**31
 #: Mean absolute deviation to standard deviation, for a normal distribution.
 MEAN_DEVIATION_TO_SIGMA = math.sqrt(math.pi / 2)
 
@@ -49,15 +51,16 @@ MEAN_DEVIATION_TO_SIGMA = math.sqrt(math.pi / 2)
 class StepTimeForm:
     """Which terms the step time has.
 
-    With D sequences that decode, P prompt tokens computed, T = D + P and K tokens in the KV cache:
+    With D sequences that decode, P prompt tokens computed, T = D + P, K tokens in the KV cache and
+    S, the sum over the prompts computed, from token `start` to token `end`, of end^2 - start^2:
 
-        t = w0 + wd D + wk K + wm [P>0 and D>0] K + we P^2 + sum_j w_j max(0, T - k_j)
+        t = w0 + wd D + wk K + wm [P>0 and D>0] K + we S + sum_j w_j max(0, T - k_j)
 
     Attributes:
         knees: The k_j, rising. (0,) is a straight line; more of them bend it as the floor of
             reading the weights does, wherever in between its knee lies.
         mixed_kv: Whether there is a wm: attention kernels are slower where prompts share a step.
-        prefill_squared: Whether there is a we: attention inside prompts.
+        prefill_squared: Whether there is a we: attention of the prompts' tokens to those before.
     """
 
     knees: tuple[int, ...] = (0, 96, 160, 256)
@@ -74,6 +77,42 @@ class StepTimeForm:
         free = np.ones(self.size, dtype=np.bool_)
         free[3], free[4] = self.mixed_kv, self.prefill_squared
         return free
+
+
+class PromptsAhead(NamedTuple):
+    """The prompts that a step will meet: what is left of one, then whole ones of equal length.
+
+    Attributes:
+        computed: Tokens of the first that are computed.
+        left: Tokens of it still to compute; 0 where none is under way.
+        length: Tokens of each that follows.
+    """
+
+    computed: int = 0
+    left: int = 0
+    length: float = math.inf
+
+    def squares(self, tokens: int) -> float:
+        """S of `StepTimeForm` for so many of their tokens.
+
+        Those that follow the first share their sum evenly, once there is more than one of them, so
+        that it grows with each token.
+        """
+        first = min(tokens, self.left)
+        rest = tokens - first
+        return first * (first + 2 * self.computed) + rest * min(rest, self.length)
+
+    def stretches(self) -> tuple[tuple[float, float, bool], ...]:
+        """Where `squares` has which form: its tokens, slope at the start, and whether it bends."""
+        return (
+            (self.left, 2.0 * self.computed, True),
+            (self.length, 0.0, True),
+            (math.inf, self.length, False),
+        )
+
+
+#: Prompts of which nothing is known: taken for one, from its beginning.
+ONE_PROMPT = PromptsAhead()
 
 
 #: Tokens, sequences and their squares in these units make all weights of one size.
@@ -106,8 +145,8 @@ class StepTimeEstimator:
             model is wrong.
         has_weights: Whether it can predict at all.
 
-    Limitations: it knows a step by three numbers. Prompts of one step are taken for one prompt
-    without context before it.
+    Limitations: it knows a step by four numbers; where the fourth, S, is not known, its prompts are
+    taken for one that is computed from its beginning.
     """
 
     def __init__(self, form: StepTimeForm | None = None) -> None:
@@ -151,15 +190,31 @@ class StepTimeEstimator:
             self.observe(step)
         self._noise = FIRST_NOISE
 
-    def predict(self, decode_seqs: int, prefill_tokens: int, kv_tokens: int) -> float:
+    def predict(
+        self,
+        decode_seqs: int,
+        prefill_tokens: int,
+        kv_tokens: int,
+        prompts: PromptsAhead = ONE_PROMPT,
+    ) -> float:
         """Seconds a step will take; 0 before the first weights."""
-        return self.speed * self._modelled(decode_seqs, prefill_tokens, kv_tokens)
+        squares = prompts.squares(prefill_tokens)
+        return self.speed * self._modelled(decode_seqs, prefill_tokens, kv_tokens, squares)
 
-    def _modelled(self, decode_seqs: int, prefill_tokens: int, kv_tokens: int) -> float:
+    def expect(self, step: StepRecord) -> float:
+        """Seconds it would have predicted for a step that is over."""
+        squares = _squares(step)
+        return self.speed * self._modelled(
+            step.decode_seqs, step.prefill_tokens, step.kv_tokens, squares
+        )
+
+    def _modelled(
+        self, decode_seqs: int, prefill_tokens: int, kv_tokens: int, squares: float
+    ) -> float:
         w = self._weights
         t = w[0] + w[1] * decode_seqs + w[2] * kv_tokens
         if prefill_tokens:
-            t += w[4] * prefill_tokens * prefill_tokens
+            t += w[4] * squares
             if decode_seqs:
                 t += w[3] * kv_tokens
         tokens = decode_seqs + prefill_tokens
@@ -171,58 +226,97 @@ class StepTimeEstimator:
             index += 1
         return t
 
-    def largest_prefill(self, decode_seqs: int, kv_tokens: int, seconds: float) -> int:
+    def largest_prefill(
+        self,
+        decode_seqs: int,
+        kv_tokens: int,
+        seconds: float,
+        prompts: PromptsAhead = ONE_PROMPT,
+    ) -> int:
         """Most prompt tokens a step of these decodes has time for; 0 where there is none.
 
         Args:
             decode_seqs: Sequences that decode in it.
             kv_tokens: Tokens in the KV cache.
             seconds: Time the step may take.
+            prompts: Whose tokens they are.
 
         Returns:
-            The largest P with `predict(decode_seqs, P, kv_tokens) <= seconds`, rounded down; a very
-            large number where more tokens cost nothing as far as is known.
+            The largest P with `predict(decode_seqs, P, kv_tokens, prompts) <= seconds`, rounded
+            down; a very large number where more tokens cost nothing as far as is known.
         """
         if self.speed <= 0:
             return 0
-        w, knees = self._weights, self.form.knees
-        left = seconds / self.speed - w[0] - (w[1] * decode_seqs + w[2] * kv_tokens)
+        left = seconds / self.speed - self._modelled(decode_seqs, 0, kv_tokens, 0.0)
         if decode_seqs:
-            left -= w[3] * kv_tokens
-        slope, base = 0.0, decode_seqs
-        count = len(knees)
-        index = 0
-        while index < count and knees[index] < decode_seqs:
-            left -= w[5 + index] * (decode_seqs - knees[index])
-            slope += w[5 + index]
-            index += 1
+            left -= self._weights[3] * kv_tokens
         if left < 0:
             return 0
-        square = w[4]
-        # On each piece between two knees the cost beyond the left one is slope p + square p^2.
-        while index < count:
-            piece = knees[index] - base
-            prefix = base - decode_seqs
-            cost = slope * piece + square * piece * (2 * prefix + piece)
-            if cost > left:
+        total, attention = 0.0, self._weights[4]
+        for most, attended, bends in prompts.stretches():
+            tokens, left = self._fill(
+                decode_seqs + total, left, most, attended * attention, attention if bends else 0.0
+            )
+            total += tokens
+            if tokens < most:
                 break
-            left -= cost
-            base = knees[index]
+        return int(total)
+
+    def _fill(
+        self, base: float, left: float, most: float, slope: float, square: float
+    ) -> tuple[float, float]:
+        """Adds tokens to a step of `base` while time is left.
+
+        Args:
+            base: Tokens in it.
+            left: Seconds left.
+            most: Tokens to add at most.
+            slope: Seconds of attention for each token added.
+            square: The same for its square.
+
+        Returns:
+            Tokens added and seconds left, 0 of them unless it added the most.
+        """
+        w, knees = self._weights, self.form.knees
+        added, index, count = 0.0, 0, len(knees)
+        while index < count and knees[index] <= base:
             slope += w[5 + index]
             index += 1
-        prefix = base - decode_seqs
-        return prefix + _tokens_within(left, slope + 2 * square * prefix, square)
+        # On each piece between two knees the cost beyond the left one is slope p + square p^2.
+        while added < most:
+            piece = min(knees[index] - base if index < count else math.inf, most) - added
+            here = slope + 2 * square * added
+            fits = _tokens_within(left, here, square)
+            if fits < piece:
+                return added + fits, 0.0
+            left = max(0.0, left - piece * (here + square * piece))
+            added += piece
+            if index < count and added >= knees[index] - base:
+                slope += w[5 + index]
+                index += 1
+        return added, left
 
-    def relative_error(self, decode_seqs: int, prefill_tokens: int, kv_tokens: int) -> float:
+    def relative_error(
+        self,
+        decode_seqs: int,
+        prefill_tokens: int,
+        kv_tokens: int,
+        prompts: PromptsAhead = ONE_PROMPT,
+    ) -> float:
         """Standard error of the mean time of such a step, as a share; infinite before weights.
 
         It says how well the weights are known there, and grows without bound where nothing like it
         has been seen for long; `noise` is on top of it.
         """
-        modelled = self._modelled(decode_seqs, prefill_tokens, kv_tokens)
+        return self._relative_error(
+            (decode_seqs, prefill_tokens, kv_tokens, prompts.squares(prefill_tokens))
+        )
+
+    def _relative_error(self, content: tuple[int, int, int, float]) -> float:
+        modelled = self._modelled(*content)
         if modelled <= 0:
             return math.inf
-        x = self._design(np.array([[decode_seqs, prefill_tokens, kv_tokens]], dtype=float))[0]
+        x = self._design(np.array([content], dtype=float))[0]
         return self._noise * math.sqrt(max(0.0, float(x @ self._covariance @ x))) / modelled
 
     def observe(self, step: StepRecord) -> None:
@@ -230,28 +324,24 @@ class StepTimeEstimator:
         seconds = step.seconds
         if not step.regular or seconds <= 0 or not (step.decode_seqs or step.prefill_tokens):
             return
-        decode_seqs, prefill_tokens, kv_tokens = (
-            step.decode_seqs,
-            step.prefill_tokens,
-            step.kv_tokens,
-        )
+        content = (step.decode_seqs, step.prefill_tokens, step.kv_tokens, _squares(step))
         self.steps += 1
         weight = seconds
         if self.has_weights:
-            modelled = self._modelled(decode_seqs, prefill_tokens, kv_tokens)
+            modelled = self._modelled(*content)
             if modelled > 0:
                 weight = modelled * self.speed
                 ratio = seconds / weight
-                believed = self._believable(step, ratio)
+                believed = self._believable(content, ratio)
                 seconds = believed * weight
                 if believed == ratio and ratio > SURELY_LONGER:
                     weight = seconds
                 self._follow_speed(step.seconds / modelled)
-        self._rows.append((decode_seqs, prefill_tokens, kv_tokens, seconds, weight))
+        self._rows.append((*content, seconds, weight))
         if len(self._rows) >= self._block:
             self._absorb()
 
-    def _believable(self, step: StepRecord, ratio: float) -> float:
+    def _believable(self, content: tuple[int, int, int, float], ratio: float) -> float:
         """Measured over predicted time, clipped; updates the noise and the bias."""
         self.bias += BIAS_GAIN * (min(ratio - 1.0, 1.0) - self.bias)
         deviation = abs(ratio - 1.0)
@@ -261,8 +351,7 @@ class StepTimeEstimator:
         self._surprises += SURPRISE_GAIN * (surprising - self._surprises)
         if surprising:
             if self._surprises < MODEL_AT_FAULT:
-                error = self.relative_error(step.decode_seqs, step.prefill_tokens, step.kv_tokens)
-                wide = CLIP_DEVIATIONS * math.hypot(self._noise, error)
+                wide = CLIP_DEVIATIONS * math.hypot(self._noise, self._relative_error(content))
                 ratio = min(max(ratio, 1 - wide), 1 + wide)
             counted = bound
         noise = self._noise + NOISE_GAIN * (MEAN_DEVIATION_TO_SIGMA * counted - self._noise)
@@ -276,7 +365,7 @@ class StepTimeEstimator:
         self.speed += SPEED_GAIN * (sorted(ratios)[SPEED_WINDOW // 2] - self.speed)
 
     def _design(self, content: Floats) -> Floats:
-        """Features of steps, in their units; shape (n, size) from (n, 3) of D, P, K."""
+        """Features of steps, in their units; shape (n, size) from (n, at least 4) of D, P, K, S."""
         decode_seqs, prefill_tokens, kv_tokens = content[:, 0], content[:, 1], content[:, 2]
         tokens = decode_seqs + prefill_tokens
         design = np.empty((len(content), self.form.size))
@@ -284,7 +373,7 @@ class StepTimeEstimator:
         design[:, 1] = decode_seqs
         design[:, 2] = kv_tokens
         design[:, 3] = kv_tokens * ((decode_seqs > 0) & (prefill_tokens > 0))
-        design[:, 4] = prefill_tokens * prefill_tokens
+        design[:, 4] = content[:, 3]
         np.maximum(tokens[:, None] - self._knees, 0.0, out=design[:, 5:])
         design *= self._scales
         return design
@@ -295,7 +384,7 @@ class StepTimeEstimator:
         self._rows.clear()
         self._block = min(2 * self._block, BLOCK_STEPS)
         keep = (1 - FORGETTING) ** len(table)
-        seconds, weight = table[:, 3], table[:, 4]
+        seconds, weight = table[:, 4], table[:, 5]
         x = self._design(table) / weight[:, None]
         self._information *= keep
         self._information += x.T @ x
@@ -313,11 +402,16 @@ class StepTimeEstimator:
         self.has_weights = True
 
 
-def _tokens_within(left: float, slope: float, square: float) -> int:
-    """Largest whole p with slope p + square p^2 <= left."""
+def _squares(step: StepRecord) -> float:
+    """What its prompts attended to; as if they were one, where nobody knows."""
+    return step.prefill_squares or step.prefill_tokens * step.prefill_tokens
+
+
+def _tokens_within(left: float, slope: float, square: float) -> float:
+    """Largest p with slope p + square p^2 <= left."""
     if square > 0:
-        return int((math.sqrt(slope * slope + 4 * square * left) - slope) / (2 * square))
-    return int(left / slope) if slope > 0 else 2**31
+        return (math.sqrt(slope * slope + 4 * square * left) - slope) / (2 * square)
+    return left / slope if slope > 0 else MANY_TOKENS
 
 
 def nonnegative_least_squares(

@@ -136,8 +136,7 @@ def mean_error(form: StepTimeForm, steps: Sequence[StepRecord], skip: int) -> fl
     errors = []
     for index, step in enumerate(steps):
         if index >= skip and step.regular and step.seconds > 0:
-            predicted = model.predict(step.decode_seqs, step.prefill_tokens, step.kv_tokens)
-            errors.append(abs(predicted / step.seconds - 1))
+            errors.append(abs(model.expect(step) / step.seconds - 1))
         model.observe(step)
     return sum(errors) / len(errors)
 

@@ -306,6 +306,7 @@ class Hook:
             arrived=tuple(self._arrived),
             binding=step.binding,
             regular=not step.after_gap and self._steps_seen > WARM_UP_STEPS,
+            prefill_squares=content.prefill_squares,
         )
         self._forget_recorded()
         return record

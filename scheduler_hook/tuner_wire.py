@@ -118,6 +118,7 @@ def step_message(step: StepRecord) -> wire.StepRecord:
         arrived_prompt_tokens=step.arrived,
         binding=BINDINGS[step.binding],
         regular=step.regular,
+        prefill_squares=step.prefill_squares,
     )
 
 

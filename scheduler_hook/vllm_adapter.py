@@ -117,7 +117,7 @@ WRAPPED_METHODS = (
 
 #: Final statuses of requests whose output would have gone on.
 CUT_SHORT = ("FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED")
-_NO_PREFILL = (0, 0)
+_NO_PREFILL = (0, 0, 0)
 
 
 def era_of(version: str) -> Era | None:
@@ -187,6 +187,7 @@ class StepContent(NamedTuple):
         waiting: Requests still waiting afterwards.
         decode_seqs: Sequences that decode in it.
         prefill_tokens: Prompt tokens in it.
+        prefill_squares: As in `StepRecord`.
         scheduled_tokens: All tokens in it.
         used_blocks: KV blocks held once it was scheduled.
         finished: Requests that ended since the previous call.
@@ -196,6 +197,7 @@ class StepContent(NamedTuple):
     waiting: int
     decode_seqs: int
     prefill_tokens: int
+    prefill_squares: int
     scheduled_tokens: int
     used_blocks: int
     finished: tuple[FinishedRequest, ...]
@@ -264,8 +266,10 @@ class VllmAdapter:
         """Reads the state a policy sees; O(1) and the prefills under way."""
         scheduler = self._scheduler
         running, waiting = scheduler.get_request_counts()
+        computed = left = 0
         if self._prefilling:
             self._forget_aborted_prefills()
+            computed, left = self._oldest_prompt()
         return EngineSnapshot(
             self.facts,
             clock_seconds,
@@ -275,6 +279,8 @@ class VllmAdapter:
             scheduler.num_waiting_for_streaming_input,
             self.used_blocks(),
             binding,
+            computed,
+            left,
             self._read_running,
             self._read_waiting,
         )
@@ -285,6 +291,13 @@ class VllmAdapter:
         gone = [request_id for request_id in self._prefilling if request_id not in known]
         for request_id in gone:
             del self._prefilling[request_id]
+
+    def _oldest_prompt(self) -> tuple[int, int]:
+        """Tokens computed, and still to compute, of the oldest prompt under way."""
+        for request in self._prefilling.values():
+            computed = request.num_computed_tokens
+            return computed, max(0, request.num_tokens - computed)
+        return 0, 0
 
     def used_blocks(self) -> int:
         """KV blocks that requests hold, per group."""
@@ -335,7 +348,7 @@ class VllmAdapter:
                 self._admitted[request_id] = self._prefilling[request_id] = request
         finished_ids = output.finished_req_ids
         scheduled = output.num_scheduled_tokens
-        prefill_seqs, prefill_tokens = (
+        prefill_seqs, prefill_tokens, prefill_squares = (
             self._count_prefills(scheduled) if self._prefilling else _NO_PREFILL
         )
         return StepContent(
@@ -343,6 +356,7 @@ class VllmAdapter:
             scheduler.get_request_counts()[1],
             len(scheduled) - prefill_seqs,
             prefill_tokens,
+            prefill_squares,
             output.total_num_scheduled_tokens,
             self.used_blocks(),
             self._take_finished(finished_ids) if finished_ids else (),
@@ -381,20 +395,21 @@ class VllmAdapter:
             whole = self._whole[status] = status.name not in CUT_SHORT
         return whole
 
-    def _count_prefills(self, scheduled: dict[str, int]) -> tuple[int, int]:
-        """Sequences and tokens of prefill in a step; forgets the prompts it completes."""
-        sequences = tokens = 0
+    def _count_prefills(self, scheduled: dict[str, int]) -> tuple[int, int, int]:
+        """Sequences, tokens and squares of prefill in a step; forgets the prompts it completes."""
+        sequences = tokens = squares = 0
         completed = []
         for request_id, request in self._prefilling.items():
             chunk = scheduled.get(request_id, 0)
             if chunk:
                 sequences += 1
                 tokens += chunk
+                squares += chunk * (2 * request.num_computed_tokens - chunk)
             if not request.is_prefill_chunk:
                 completed.append(request_id)
         for request_id in completed:
             del self._prefilling[request_id]
-        return sequences, tokens
+        return sequences, tokens, squares
 
 
 def _splits_at_blocks(scheduler: Any) -> bool:

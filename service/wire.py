@@ -122,6 +122,7 @@ def step_record(message: pb.StepRecord) -> StepRecord:
         arrived=tuple(message.arrived_prompt_tokens),
         binding=BINDINGS[message.binding],
         regular=message.regular,
+        prefill_squares=message.prefill_squares,
     )
 
 

@@ -19,7 +19,7 @@ from batchpilot.env.models import ModelSource, resolve_model
 from batchpilot.env.profiles import FitError, load_profile
 
 PROFILE = load_profile("llama-3.1-8b-h100")
-BATCHES = ((1, 0, 64), (8, 0, 4096), (0, 512, 0), (4, 256, 800))
+BATCHES = ((1, 0, 64, 0), (8, 0, 4096, 0), (0, 512, 0, 2 * 256**2), (4, 256, 800, 256**2))
 CELLS = [Cell(StepSample(PROFILE.step_time.seconds(*b), *b), 3, 0.01) for b in BATCHES]
 
 

@@ -25,6 +25,7 @@ def samples(model=TRUTH, noise=0.0, seed=0):
     rng = random.Random(seed)
     batches = [(d, p, d * c) for d in (1, 8, 32, 64, 128) for p in (0, 128, 512) for c in (64, 512)]
     batches += [(0, p, 0) for p in (64, 128, 256, 512, 1024, 2048)]
+    batches = [(*batch, batch[1] ** 2) for batch in batches]
     return [StepSample(model.seconds(*b) * (1 + rng.gauss(0, noise)), *b) for b in batches]
 
 
@@ -108,8 +109,8 @@ def test_fit_error_is_relative_to_the_measured():
     ("broken", "words"),
     [
         (samples()[:11], "11 measured steps are too few to fit; at least 12"),
-        ([*samples(), StepSample(0.0, 1, 0, 1)], "no positive time"),
-        ([*samples(), StepSample(float("nan"), 1, 0, 1)], "no positive time"),
+        ([*samples(), StepSample(0.0, 1, 0, 1, 0)], "no positive time"),
+        ([*samples(), StepSample(float("nan"), 1, 0, 1, 0)], "no positive time"),
     ],
 )
 def test_samples_that_cannot_be_fitted(broken, words):

@@ -99,12 +99,12 @@ def test_an_engine_that_stands_still():
 
 
 def test_cells_are_medians_of_equal_steps_in_a_row():
-    steps = [StepSample(s, 4, 0, k) for s, k in ((1.0, 40), (9.0, 44), (2.0, 48))]
-    first, second, third = cells([*steps, StepSample(5.0, 4, 7, 52), steps[0]])
-    assert first.sample == StepSample(2.0, 4, 0, 44)
+    steps = [StepSample(s, 4, 0, k, 0) for s, k in ((1.0, 40), (9.0, 44), (2.0, 48))]
+    first, second, third = cells([*steps, StepSample(5.0, 4, 7, 52, 49), steps[0]])
+    assert first.sample == StepSample(2.0, 4, 0, 44, 0)
     assert first.steps == 3
     assert first.spread == pytest.approx(1.4826 / 2)
-    assert (second.sample, second.steps, second.spread) == (StepSample(5.0, 4, 7, 52), 1, None)
+    assert (second.sample, second.steps, second.spread) == (StepSample(5.0, 4, 7, 52, 49), 1, None)
     assert third.sample == steps[0]
     assert noise([first, second, third]) == pytest.approx(0.7413)
     assert noise([second]) == 0.0

@@ -86,7 +86,14 @@ def test_an_idle_window_shows_no_step_but_passes_time():
 def test_steps_are_shown_as_they_were_and_a_decision_is_asked_after_each():
     policy = Recording()
     steps = [
-        pb.StepRecord(seconds=0.125, running=40, decode_seqs=39, prefill_tokens=64, kv_tokens=3200),
+        pb.StepRecord(
+            seconds=0.125,
+            running=40,
+            decode_seqs=39,
+            prefill_tokens=64,
+            kv_tokens=3200,
+            prefill_squares=4096,
+        ),
         pb.StepRecord(
             seconds=0.0625,
             running=50,
@@ -101,6 +108,7 @@ def test_steps_are_shown_as_they_were_and_a_decision_is_asked_after_each():
     running = pb.SequenceColumns(kv_tokens=[9], output_tokens=[4], prefill_tokens_left=[0])
     Decider(policy, FACTS, SafetyBounds()).decide(report(1, steps=steps, running=running))
     assert policy.steps == [step_record(message) for message in steps]
+    assert policy.steps[0].prefill_squares == 4096
     assert policy.steps[1].finished == (FinishedRequest(10, 20, True),)
     first, last = policy.snapshots
     assert (first.clock_seconds, last.clock_seconds) == (0.1875, 0.25)

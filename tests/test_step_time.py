@@ -1,5 +1,6 @@
 """The learned step time: what it recovers, what does not move it, and what it says of itself."""
 
+import math
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from batchpilot.agents.limits import StepRecord
 from batchpilot.agents.step_time import (
+    PromptsAhead,
     StepTimeEstimator,
     StepTimeForm,
     nonnegative_least_squares,
@@ -178,16 +180,49 @@ def test_a_profile_warms_it_up():
     decode_seqs=st.integers(0, 256),
     context=st.integers(1, 4000),
     seconds=st.floats(0.001, 0.2),
+    prompts=st.builds(
+        PromptsAhead,
+        computed=st.integers(0, 30_000),
+        left=st.integers(0, 3000),
+        length=st.floats(1, 3000) | st.just(math.inf),
+    ),
 )
-def test_the_largest_prefill_fits_and_one_token_more_does_not(seed, decode_seqs, context, seconds):
+def test_the_largest_prefill_fits_and_one_token_more_does_not(
+    seed, decode_seqs, context, seconds, prompts
+):
     model = taught(seed=seed, steps=96, noise=0.02)
     kv_tokens = decode_seqs * context
-    largest = model.largest_prefill(decode_seqs, kv_tokens, seconds)
+    largest = model.largest_prefill(decode_seqs, kv_tokens, seconds, prompts)
     assert largest >= 0
     if largest:
-        assert model.predict(decode_seqs, largest, kv_tokens) <= seconds * (1 + 1e-9)
+        assert model.predict(decode_seqs, largest, kv_tokens, prompts) <= seconds * (1 + 1e-9)
     if largest < 2**20:
-        assert model.predict(decode_seqs, largest + 1, kv_tokens) > seconds * (1 - 1e-9)
+        assert model.predict(decode_seqs, largest + 1, kv_tokens, prompts) > seconds * (1 - 1e-9)
+
+
+def test_prompts_ahead_count_what_their_tokens_attend_to():
+    rest_of_one = PromptsAhead(computed=1000, left=300, length=200)
+    assert rest_of_one.squares(100) == 1100**2 - 1000**2
+    assert rest_of_one.squares(300) == 1300**2 - 1000**2
+    assert rest_of_one.squares(500) == 1300**2 - 1000**2 + 200**2
+    assert rest_of_one.squares(900) == 1300**2 - 1000**2 + 3 * 200**2
+    assert PromptsAhead().squares(500) == 500**2
+
+
+def test_later_chunks_of_a_long_prompt_are_smaller_once_their_cost_is_known():
+    model, rng = StepTimeEstimator(), random.Random(0)
+    for _ in range(400):
+        content = load(rng)
+        squares = content[1] * (content[1] + 2 * rng.randrange(8000))
+        model.observe(record(content, H100(*content, squares), prefill_squares=squares))
+    chunks = [
+        model.largest_prefill(32, 16_000, 0.03, PromptsAhead(computed, 9000))
+        for computed in (0, 2000, 8000)
+    ]
+    assert chunks[0] > chunks[1] > chunks[2] > 0
+    late = PromptsAhead(computed=8000, left=9000)
+    measured = H100(32, 512, 16_000, 512 * (512 + 2 * 8000))
+    assert model.predict(32, 512, 16_000, late) == pytest.approx(measured, rel=0.05)
 
 
 @settings(max_examples=50, deadline=None)

@@ -105,8 +105,11 @@ def test_each_prompt_of_a_step_pays_for_its_own_attention(asynchronous):
     # 256 tokens a step: two prompts whole and 206 tokens of the third; then 206 to 400, which also
     # attend to what is there.
     assert [step.record.prefill_tokens for step in steps] == [256, 194]
-    seconds = [5 + 0.01 * (20**2 + 30**2 + 206**2), 5 + 0.01 * (400**2 - 206**2)]
-    assert [step.record.seconds / MS for step in steps] == pytest.approx(seconds)
+    squares = [20**2 + 30**2 + 206**2, 400**2 - 206**2]
+    assert [step.record.prefill_squares for step in steps] == squares
+    assert [step.record.seconds / MS for step in steps] == pytest.approx(
+        [5 + 0.01 * square for square in squares]
+    )
 
 
 @BOTH

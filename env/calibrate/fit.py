@@ -42,12 +42,14 @@ class StepSample(NamedTuple):
         decode_seqs: Sequences that decoded in it.
         prefill_tokens: Prompt tokens it computed.
         kv_tokens: Context lengths of its decoding sequences, summed.
+        prefill_squares: Its prompts' lengths squared, each, and summed.
     """
 
     seconds: float
     decode_seqs: int
     prefill_tokens: int
     kv_tokens: int
+    prefill_squares: int
 
 
 @dataclass(frozen=True)
@@ -181,8 +183,8 @@ def _huber(relative: Floats) -> float:
 
 
 def _columns(table: Floats, knee: float) -> Floats:
-    """What each coefficient is multiplied with: samples by (base, token, D, K, mixed K, P^2)."""
-    _, decode_seqs, prefill_tokens, kv_tokens = table.T
+    """What each coefficient is multiplied with: samples by (base, token, D, K, mixed K, S)."""
+    _, decode_seqs, prefill_tokens, kv_tokens, prefill_squares = table.T
     mixed = (decode_seqs > 0) & (prefill_tokens > 0)
     return np.column_stack(
         (
@@ -191,7 +193,7 @@ def _columns(table: Floats, knee: float) -> Floats:
             decode_seqs,
             kv_tokens,
             kv_tokens * mixed,
-            prefill_tokens**2,
+            prefill_squares,
         )
     )
 

@@ -243,8 +243,10 @@ def read_steps(path: Path, recipe: Recipe) -> list[StepSample]:
 
 def _sample(path: Path, line: int, row: dict[str, str]) -> StepSample:
     try:
-        counts = [int(row[name]) for name in ("decode_seqs", "prefill_tokens", "kv_tokens")]
-        return StepSample(float(row["step_ms"]) / 1e3, *counts)
+        seconds = float(row["step_ms"]) / 1e3
+        decode_seqs, prompt = int(row["decode_seqs"]), int(row["prefill_tokens"])
+        # The steps taken hold one prompt, from its beginning.
+        return StepSample(seconds, decode_seqs, prompt, int(row["kv_tokens"]), prompt * prompt)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}, line {line}: {error}") from None
 

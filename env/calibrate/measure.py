@@ -164,7 +164,7 @@ def _cell(samples: Sequence[StepSample]) -> Cell:
     # 1.4826 makes the median distance of normal noise its standard deviation.
     spread = 1.4826 * float(np.median(np.abs(seconds - median))) / median
     kv_tokens = round(float(np.median([sample.kv_tokens for sample in samples])))
-    sample = StepSample(median, samples[0].decode_seqs, samples[0].prefill_tokens, kv_tokens)
+    sample = samples[0]._replace(seconds=median, kv_tokens=kv_tokens)
     return Cell(sample, len(samples), spread if len(samples) >= 3 else None)
 
 
@@ -370,7 +370,7 @@ class _Driver:
         decoded = [name for name in step.new_tokens if name in self._contexts]
         kv_tokens = sum(self._contexts[name] for name in decoded)
         first = [name for name in step.new_tokens if name not in self._contexts]
-        prefilled = sum(self._prompt_tokens[name] for name in first)
+        prompts = [self._prompt_tokens[name] for name in first]
         for name, count in step.new_tokens.items():
             self._contexts[name] = self._contexts.get(name, self._prompt_tokens[name]) + count
         for name in step.finished:
@@ -378,6 +378,7 @@ class _Driver:
         record = step.record
         if record is None or not record.regular or record.preemptions:
             return None
-        if record.decode_seqs != len(decoded) or record.prefill_tokens != prefilled:
+        if record.decode_seqs != len(decoded) or record.prefill_tokens != sum(prompts):
             return None
-        return StepSample(record.seconds, len(decoded), prefilled, kv_tokens)
+        squares = sum(tokens * tokens for tokens in prompts)
+        return StepSample(record.seconds, len(decoded), sum(prompts), kv_tokens, squares)

@@ -83,7 +83,7 @@ def _draw_prefill(
     if tokens:
         grid = np.linspace(0, max(tokens), _CURVE_POINTS)
         fitted = [model.seconds(0, round(count), 0) * 1e3 for count in grid]
-        axis.plot(grid, fitted, color=colours.of(0), linewidth=1.3, label="fitted")
+        axis.plot(grid, fitted, color=colours.of(0), linewidth=1.3, label="fitted, one prompt")
     _finish(axis, colours)
 
 
