@@ -81,7 +81,9 @@ class LatencyLimits:
     long prompt attend to more, and take longer;
     where b E[in] / E[out] is the prefill of a step in balance, each prompt spread over its output,
     and kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence holds on average over its
-    life. While nobody decodes, nobody waits for a token, and prefill is not limited.
+    life. While prompts wait for each other, most steps have none in them, and the largest batch is
+    that whose mean step, given below, is within its time. While nobody decodes, nobody waits for a
+    token, and prefill is not limited.
 
     With a target for the first token, some steps may be slow: see `SlowSteps`. And with one, the
     target between tokens is given up where it keeps others out until they are too late, and costs
@@ -233,12 +235,18 @@ class LatencyLimits:
         fits, too_many = 1, snapshot.engine.startup_limits.max_num_seqs + 1
         while too_many - fits > 1:
             tried = (fits + too_many) // 2
-            prefill = int(min(self._chunk, tried * load.prompt_share))
-            if self.step_time.predict(tried, prefill, int(tried * load.context)) <= aim:
+            if self._batch_seconds(tried, load) <= aim:
                 fits = tried
             else:
                 too_many = tried
         return fits
+
+    def _batch_seconds(self, batch: int, load: _Load) -> float:
+        """A step of a batch in balance: the mean of few with whole prompts, or any with a share."""
+        if self._slow_steps is not None and self._slow_steps.keeps_out and load.prompt < math.inf:
+            return self._mean_seconds(batch, load)
+        prefill = int(min(self._chunk, batch * load.prompt_share))
+        return self.step_time.predict(batch, prefill, int(batch * load.context))
 
     def _costs_much(self, snapshot: EngineSnapshot, load: _Load) -> bool:
         """Whether all who are here would give far more tokens a second than the largest batch."""

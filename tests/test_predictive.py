@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from batchpilot.agents.acting import ActingPolicy
 from batchpilot.agents.actions import ActionDesign
 from batchpilot.agents.catalog import PolicySpec
-from batchpilot.agents.latency_limits import CHECK_STEPS, LEAST_CHUNK, SLOW
+from batchpilot.agents.latency_limits import CHECK_STEPS, LEAST_CHUNK, SLOW, LatencyLimits
+from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import (
     BatchLimits,
     EngineFacts,
@@ -27,6 +28,7 @@ from batchpilot.agents.predictive import (
     PredictiveParameters,
     PredictivePolicy,
 )
+from batchpilot.agents.slow_steps import SlowSteps
 from batchpilot.env.bench.measure import Slo
 from batchpilot.env.bench.runner import TimedRequest, replay
 from batchpilot.env.profiles import load_profile
@@ -161,6 +163,35 @@ def test_sequences_that_seldom_prefill_may_be_more():
             decision = policy.decide(snapshot(30, waiting=50, context=800))
         limits.append(decision.limits.max_num_seqs)
     assert 30 < limits[0] < limits[1] < 94
+
+
+def test_while_prompts_wait_for_each_other_the_mean_step_decides_on_the_batch(monkeypatch):
+    seconds = load_profile("llama-3.1-8b-rtxpro6000").step_time.seconds
+    rng, lengths = np.random.default_rng(0), LengthEstimator()
+    context = 200 + 2000 // 2
+    latency = LatencyLimits(0.04, 2.0, 64, lengths)
+    for _ in range(400):
+        decodes, prefill = int(rng.integers(1, 250)), int(rng.choice([0, 0, 200, 400]))
+        finished = (FinishedRequest(200, 2000, True),)
+        content = (decodes, prefill, decodes * context)
+        told = StepRecord(seconds(*content), decodes, *content, finished=finished, arrived=(200,))
+        latency.observe(told)
+        lengths.observe(told)
+    lengths.estimate([100] * 40)
+    batches = []
+    for together in (False, True):
+        monkeypatch.setattr(SlowSteps, "keeps_out", together)
+        for _ in range(CHECK_STEPS):
+            latency.check(snapshot(40))
+        batches.append(latency.largest_batch)
+    in_every_step, in_few = batches
+    beside = seconds(in_every_step, in_every_step // 10, in_every_step * context)
+    assert beside == pytest.approx(0.04, rel=0.05)
+    share = in_few / 2000
+    with_prompt, without = (seconds(in_few, prompt, in_few * context) for prompt in (200, 0))
+    mean = share * with_prompt + (1 - share) * without
+    assert mean == pytest.approx(0.04, rel=0.05)
+    assert in_few > 1.1 * in_every_step
 
 
 def test_where_the_target_leaves_nothing_the_least_chunk_goes_on_and_the_reason_says_so():
