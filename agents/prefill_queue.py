@@ -14,11 +14,16 @@ LOOKED_AT = 32
 class _Pending:
     """A request without its first token: when it was first seen, and prompt tokens still to do."""
 
-    __slots__ = ("left", "since")
+    __slots__ = ("left", "prompt_tokens", "since")
 
-    def __init__(self, left: int) -> None:
+    def __init__(self, prompt_tokens: int) -> None:
         self.since: float | None = None
-        self.left = left
+        self.prompt_tokens = self.left = prompt_tokens
+
+    def work(self, attention: float) -> float:
+        """Tokens still to compute, and what they attend to in as many tokens as take as long."""
+        begun = self.prompt_tokens - self.left
+        return self.left * (1 + attention * (self.left + 2 * begun))
 
 
 class PrefillQueue:
@@ -86,18 +91,23 @@ class PrefillQueue:
         since = self._pending[0].since if self._pending else None
         return 0.0 if since is None else (now - since) / self._target
 
-    def pace_needed(self, now: float, *, share: float, at_most: float) -> float:
+    def pace_needed(
+        self, now: float, *, share: float, at_most: float, attention: float = 0.0
+    ) -> float:
         """Prompt tokens a second at which everybody who can be in time is; 0 where nobody can.
+
+        Tokens here are work: late ones of a long prompt, which attend to more, count for more.
 
         Args:
             now: The engine's clock.
             share: Of the target, that is planned with.
             at_most: The fastest pace; who would need more is given up.
+            attention: Tokens that take as long as one of the squares of `PromptsAhead`.
         """
         planned = share * self._target
-        ahead, needed = 0, 0.0
+        ahead = needed = 0.0
         for request in islice(self._pending, LOOKED_AT):
-            ahead += request.left
+            ahead += request.work(attention)
             since = now if request.since is None else request.since
             left = planned - (now - since)
             if needed * left < ahead < at_most * left:

@@ -30,7 +30,8 @@ class SlowSteps:
 
     Formula: r is the pace, in prompt tokens a second, at which all who can be in time are. A usual
     step of c seconds and P tokens lacks r c - P of it; a slow one, of s = `SLOW_STEP` c seconds and
-    Q tokens, brings Q - r s more. What steps lack adds up, and each time it comes to what a slow
+    Q tokens, brings Q - r s more. Tokens are work here: S of `StepTimeForm` is in them, as tokens
+    that take as long. What steps lack adds up, and each time it comes to what a slow
     one brings, one is made, if either the late gaps that a 99th percentile leaves open or the mean
     pace pays for it. So first tokens come just in time, and answers that begin in a burst share
     its slow steps: all at once they would fall on those who are there, however short.
@@ -101,16 +102,16 @@ class SlowSteps:
         """
         tokens = 0
         if self.queue.backlog_tokens > usual:
-            slow = self._slow_step(snapshot, aim, kv_tokens, prompts)
-            tokens = self._tokens(snapshot, StepOption(aim, usual), slow, kv_tokens)
+            tokens = self._tokens(snapshot, StepOption(aim, usual), kv_tokens, prompts)
         else:
             self._bunches.end()
         self._late_gaps.plan(snapshot.decode_seqs if tokens else 0)
         return tokens
 
     def _tokens(
-        self, snapshot: EngineSnapshot, usual: StepOption, slow: StepOption, kv_tokens: int
+        self, snapshot: EngineSnapshot, usual: StepOption, kv_tokens: int, prompts: PromptsAhead
     ) -> int:
+        slow = self._slow_step(snapshot, usual.seconds, kv_tokens, prompts)
         self._steps_to_look -= 1
         if self._steps_to_look <= 0:
             self._steps_to_look = LOOK_STEPS
@@ -118,7 +119,7 @@ class SlowSteps:
         if self._bunches.is_bunching:
             due = self._bunches.is_due(slow)
             return self.queue.whole_prompts(slow.prompt_tokens) if due else 0
-        return slow.prompt_tokens if self._is_needed(snapshot, usual, slow) else 0
+        return slow.prompt_tokens if self._is_needed(snapshot, usual, slow, prompts) else 0
 
     def _look_at_bunches(
         self, decode_seqs: int, usual: StepOption, slow: StepOption, kv_tokens: int
@@ -141,12 +142,26 @@ class SlowSteps:
             return StepOption(self._step_time.predict(decodes, most, kv_tokens, prompts), most)
         return StepOption(seconds, tokens)
 
-    def _is_needed(self, snapshot: EngineSnapshot, usual: StepOption, slow: StepOption) -> bool:
+    def _is_needed(
+        self,
+        snapshot: EngineSnapshot,
+        usual: StepOption,
+        slow: StepOption,
+        prompts: PromptsAhead,
+    ) -> bool:
         """Whether what usual steps lacked adds up to a slow one, and it can be paid for."""
-        fastest = slow.prompt_tokens / slow.seconds
-        now = snapshot.clock_seconds
-        pace = self.queue.pace_needed(now, share=TTFT_AIM, at_most=fastest)
-        lacking = pace * usual.seconds - usual.prompt_tokens
+        attention = self._step_time.attention_tokens
+        usual_work, slow_work = (
+            step.prompt_tokens + attention * prompts.squares(step.prompt_tokens)
+            for step in (usual, slow)
+        )
+        pace = self.queue.pace_needed(
+            snapshot.clock_seconds,
+            share=TTFT_AIM,
+            at_most=slow_work / slow.seconds,
+            attention=attention,
+        )
+        lacking = pace * usual.seconds - usual_work
         if lacking <= 0:
             self._lacking = 0.0
             return False
@@ -154,7 +169,7 @@ class SlowSteps:
         if not (in_budget or self._pace.affords(slow.seconds, PACE_AIM)):
             return False
         self._lacking += lacking
-        brings = slow.prompt_tokens - pace * slow.seconds
+        brings = slow_work - pace * slow.seconds
         if self._lacking < brings:
             return False
         self._lacking -= brings

@@ -180,6 +180,12 @@ class StepTimeEstimator:
         """w0, wd, wk, wm, we and the w_j of the form, in seconds per unit, without the speed."""
         return tuple(self._weights)
 
+    @property
+    def attention_tokens(self) -> float:
+        """Prompt tokens that take as long as one more of S; 0 where tokens cost nothing."""
+        token = sum(self._weights[5:])
+        return self._weights[4] / token if token > 0 else 0.0
+
     def warm_start(self, steps: Iterable[StepRecord]) -> None:
         """Learns from steps that were not measured here, such as a profile's.
 

@@ -52,6 +52,16 @@ def test_the_pace_needed_is_that_of_whoever_needs_the_fastest():
     assert needed(waiting, 0.8) == pytest.approx(10_000)
 
 
+def test_late_tokens_of_a_long_prompt_are_more_work():
+    waiting = queue(1000, 1000)
+    # A square counts as a thousandth of a token: 1,000 tokens are 2,000, and half of them, once the
+    # other half is computed, 500 and 750 more.
+    assert waiting.pace_needed(0.5, share=1.0, at_most=1e9, attention=1e-3) == 8000
+    waiting.observe(StepRecord(0.1, 1, 0, 500))
+    needed_now = waiting.pace_needed(0.5, share=1.0, at_most=1e9, attention=1e-3)
+    assert needed_now == (1250 + 2000) / 0.5
+
+
 def test_who_cannot_be_in_time_hastens_nobody():
     waiting = queue(1000, 1000)
     assert needed(waiting, 0.5, at_most=3000) == 2000  # the first alone
