@@ -10,10 +10,10 @@ Two checks, each printed as a table:
 
 What explains the rest. On the RTX 4090 the real run is a little slower, and where it only decodes
 it agrees: 20.0 ms a step against 21.1 at 15 sequences, 24.4 against 23.6 at 36. What is missing
-lies in steps that also compute prompts or recompute preempted sequences. The step-time form takes
-the prompts of a step for one without context before it; charging each chunk for its own prompt and
-context was tried, and does not bring them closer. The real run's first step of 2,048 tokens took
-0.39 s, twice what such a step takes once everything is warm.
+lies in steps that also compute prompts or recompute preempted sequences. Charging the prompts of a
+step as one, whose attention would cost more, brings the RTX 4090's figures up to half a point
+closer, but for the wrong reason. The real run's first step of 2,048 tokens took 0.39 s, twice what
+such a step takes once everything is warm.
 
 What the replay cannot tell: the overhead per step of both profiles was read off these two runs, so
 that their throughput is no independent proof of it; the rest of the step time, and everything the

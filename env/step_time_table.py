@@ -34,11 +34,11 @@ LINE = (0,)
 FLOOR = StepTimeForm().knees
 FORMS = {
     "linear": StepTimeForm(LINE, mixed_kv=False, prefill_squared=False),
-    "+ P^2": StepTimeForm(LINE, mixed_kv=False),
+    "+ S": StepTimeForm(LINE, mixed_kv=False),
     "+ mixed KV": StepTimeForm(LINE, prefill_squared=False),
     "+ both": StepTimeForm(LINE),
     "floor": StepTimeForm(FLOOR, mixed_kv=False, prefill_squared=False),
-    "floor + P^2": StepTimeForm(FLOOR, mixed_kv=False),
+    "floor + S": StepTimeForm(FLOOR, mixed_kv=False),
     "floor + mixed KV": StepTimeForm(FLOOR, prefill_squared=False),
     "floor + both": StepTimeForm(FLOOR),
 }
