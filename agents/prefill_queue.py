@@ -32,7 +32,10 @@ class PrefillQueue:
     What an engine shows each step is how many wait and how many prefill. Served first come, first
     served, those are the newest ones that arrived; prompt tokens computed are the oldest's.
 
-    Limitations: arrival is when it was first seen, up to a step late. A prompt that the prefix
+    An engine takes requests in between two steps: each is taken to have come when the step began
+    after which it was first seen, the earliest it can have.
+
+    Limitations: A prompt that the prefix
     cache holds is taken to be computed whole, and a priority queue to be in order of arrival: both
     make it expect a first token later than it comes. A preempted request counts as one that never
     had a token, if it is known at all.
@@ -49,10 +52,12 @@ class PrefillQueue:
         """
         self._target = target_seconds
         self._pending: deque[_Pending] = deque()
+        self._step_seconds = 0.0
         self.backlog_tokens = 0
 
     def observe(self, step: StepRecord) -> None:
         """Takes in arrivals, and gives the oldest the prompt tokens that were computed."""
+        self._step_seconds = step.seconds
         for prompt_tokens in step.arrived:
             self._pending.append(_Pending(prompt_tokens))
             self.backlog_tokens += prompt_tokens
@@ -69,13 +74,13 @@ class PrefillQueue:
 
     def update(self, snapshot: EngineSnapshot) -> None:
         """Forgets those that have had their first token, and stamps those that are new."""
-        pending, now = self._pending, snapshot.clock_seconds
+        pending, earliest = self._pending, snapshot.clock_seconds - self._step_seconds
         for _ in range(len(pending) - snapshot.waiting - snapshot.prefill_seqs):
             self.backlog_tokens -= pending.popleft().left
         for request in reversed(pending):
             if request.since is not None:
                 break
-            request.since = now
+            request.since = earliest
 
     def whole_prompts(self, most: int) -> int:
         """Tokens of the oldest prompts, as many as fit whole into `most`; `most` if none does."""

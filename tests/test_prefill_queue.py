@@ -19,9 +19,10 @@ def step(prefill_tokens=0, arrived=()):
 
 
 def queue(*prompts, clock=0.0):
+    """Prompts that came at `clock`, and were seen once the step of 20 ms then begun was over."""
     waiting = PrefillQueue(1.0)
     waiting.observe(step(arrived=prompts))
-    waiting.update(snapshot(clock, len(prompts)))
+    waiting.update(snapshot(clock + 0.02, len(prompts)))
     return waiting
 
 
@@ -48,7 +49,7 @@ def needed(waiting, now, at_most=1e9):
 
 def test_the_pace_needed_is_that_of_whoever_needs_the_fastest():
     waiting = queue(1000, 1000)
-    assert needed(waiting, 0.5) == 4000  # the second: 2,000 tokens in the half second left
+    assert needed(waiting, 0.5) == pytest.approx(4000)  # the second: 2,000 tokens in the half second left
     assert needed(waiting, 0.8) == pytest.approx(10_000)
 
 
@@ -56,20 +57,20 @@ def test_late_tokens_of_a_long_prompt_are_more_work():
     waiting = queue(1000, 1000)
     # A square counts as a thousandth of a token: 1,000 tokens are 2,000, and half of them, once the
     # other half is computed, 500 and 750 more.
-    assert waiting.pace_needed(0.5, share=1.0, at_most=1e9, attention=1e-3) == 8000
+    assert waiting.pace_needed(0.5, share=1.0, at_most=1e9, attention=1e-3) == pytest.approx(8000)
     waiting.observe(StepRecord(0.1, 1, 0, 500))
     needed_now = waiting.pace_needed(0.5, share=1.0, at_most=1e9, attention=1e-3)
-    assert needed_now == (1250 + 2000) / 0.5
+    assert needed_now == pytest.approx((1250 + 2000) / 0.5)
 
 
 def test_who_cannot_be_in_time_hastens_nobody():
     waiting = queue(1000, 1000)
-    assert needed(waiting, 0.5, at_most=3000) == 2000  # the first alone
+    assert needed(waiting, 0.5, at_most=3000) == pytest.approx(2000)  # the first alone
     assert needed(waiting, 0.5, at_most=1900) == 0
     assert needed(waiting, 1.1) == 0
 
 
-def test_waiting_counts_from_when_a_request_was_first_seen():
+def test_waiting_counts_from_the_beginning_of_the_step_after_which_a_request_was_seen():
     waiting = queue(1000, clock=5.0)
     assert needed(waiting, 5.0) == pytest.approx(1000)
     assert needed(waiting, 5.5) == pytest.approx(2000)
@@ -87,7 +88,7 @@ def test_how_long_the_oldest_has_waited_is_a_share_of_the_target():
     assert waiting.oldest_wait(5.0) == 0.0  # nobody waits
     waiting.observe(step(arrived=(100,)))
     waiting.update(snapshot(5.0, 1))
-    assert waiting.oldest_wait(6.0) == 0.5
+    assert waiting.oldest_wait(6.0) == pytest.approx(0.51)  # it came as the step of 20 ms began
 
 
 @settings(max_examples=100, deadline=None)
