@@ -49,7 +49,7 @@ def needed(waiting, now, at_most=1e9):
 
 def test_the_pace_needed_is_that_of_whoever_needs_the_fastest():
     waiting = queue(1000, 1000)
-    assert needed(waiting, 0.5) == pytest.approx(4000)  # the second: 2,000 tokens in the half second left
+    assert needed(waiting, 0.5) == pytest.approx(4000)  # 2,000 tokens in half a second
     assert needed(waiting, 0.8) == pytest.approx(10_000)
 
 
