@@ -29,6 +29,7 @@ from batchpilot.agents.predictive import (
     PredictivePolicy,
 )
 from batchpilot.agents.slow_steps import SlowSteps
+from batchpilot.agents.step_time import PromptsAhead
 from batchpilot.env.bench.measure import Slo
 from batchpilot.env.bench.runner import TimedRequest, replay
 from batchpilot.env.profiles import load_profile
@@ -217,18 +218,22 @@ def burst(policy, waiting):
 
 def test_first_tokens_that_only_slow_steps_save_get_as_many_as_it_takes_evenly_spread():
     policy = taught(ttft_slo_ms=1000.0)
-    decision = burst(policy, 9)
-    # 36,000 tokens take 1.0 s at the usual pace; 0.9 s is what is planned with.
+    decision = burst(policy, 8)
+    # 32,000 tokens take 1.0 s at the usual pace, later ones of a prompt longer; 0.9 s is what is planned with.
     clock, prefilled, slow = 10.0, 0, []
-    while prefilled < 30_000:
+    while prefilled < 27_000:
         slow.append(decision.reason == SLOW)
         prefill = decision.limits.max_num_batched_tokens - 20
-        seconds = SECONDS(20, prefill, 10_000)
-        assert not slow[-1] or 2 * 0.014 < seconds <= 3.1 * 0.014
+        begun = prefilled % 4000
+        squares = PromptsAhead(begun, 4000 - begun, 4000).squares(prefill)
+        seconds = SECONDS(20, prefill, 10_000, squares)
+        assert not slow[-1] or 2 * 0.014 < seconds <= 3.2 * 0.014
         clock, prefilled = clock + seconds, prefilled + prefill
-        policy.observe(step(20, prefill))
-        decision = policy.decide(snapshot(20, waiting=9 - prefilled // 4000, clock=clock))
-    assert 0.8 < 36_000 / prefilled * (clock - 10.0) < 0.92
+        policy.observe(step(20, prefill)._replace(seconds=seconds, prefill_squares=squares))
+        begun = prefilled % 4000
+        seen = snapshot(20, waiting=8 - prefilled // 4000, clock=clock)
+        decision = policy.decide(seen._replace(prompt_computed=begun, prompt_left=4000 - begun))
+    assert 0.8 < 32_000 / prefilled * (clock - 10.0) < 0.92
     assert 0 < sum(slow) < len(slow) / 4
     halves = slow[: len(slow) // 2], slow[len(slow) // 2 :]
     assert abs(sum(halves[0]) - sum(halves[1])) <= 2
