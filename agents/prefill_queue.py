@@ -35,10 +35,9 @@ class PrefillQueue:
     An engine takes requests in between two steps: each is taken to have come when the step began
     after which it was first seen, the earliest it can have.
 
-    Limitations: A prompt that the prefix
-    cache holds is taken to be computed whole, and a priority queue to be in order of arrival: both
-    make it expect a first token later than it comes. A preempted request counts as one that never
-    had a token, if it is known at all.
+    Limitations: a prompt that the prefix cache holds is taken to be computed whole, and a priority
+    queue to be in order of arrival: both make it expect a first token later than it comes. A
+    preempted request counts as one that never had a token, if it is known at all.
 
     Attributes:
         backlog_tokens: Prompt tokens still to compute.

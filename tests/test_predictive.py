@@ -219,7 +219,8 @@ def burst(policy, waiting):
 def test_first_tokens_that_only_slow_steps_save_get_as_many_as_it_takes_evenly_spread():
     policy = taught(ttft_slo_ms=1000.0)
     decision = burst(policy, 8)
-    # 32,000 tokens take 1.0 s at the usual pace, later ones of a prompt longer; 0.9 s is what is planned with.
+    # 32,000 tokens take 1.0 s at the usual pace, later ones of a prompt longer; 0.9 s is what is
+    # planned with.
     clock, prefilled, slow = 10.0, 0, []
     while prefilled < 27_000:
         slow.append(decision.reason == SLOW)
