@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from batchpilot.agents.catch_up import CatchUp
 from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
@@ -36,6 +37,8 @@ FITS = "largest prefill within the target"
 LEAST_CHUNK = "the least chunk: the target leaves no more"
 WAITS = "prompts wait for a slow step, where many cost less"
 SLOW = "a late first token is worth a slow step"
+GIVEN_UP = "the target would cost first tokens and most of the throughput: given up until none wait"
+CATCHES_UP = "most who run had a late first token: the pace is given up until nobody waits too long"
 
 
 class Prefill(NamedTuple):
@@ -85,8 +88,9 @@ class LatencyLimits:
     that whose mean step, given below, is within its time. While nobody decodes, nobody waits for a
     token, and prefill is not limited.
 
-    With a target for the first token, some steps may be slow: see `SlowSteps`. And with one, the
-    target between tokens is given up where it keeps others out until they are too late, and costs
+    With a target for the first token, some steps may be slow: see `SlowSteps`; and the pace may be
+    given up for a moment, so that a queue that makes everybody late goes away: see `CatchUp`. And
+    with one, the target between tokens is given up where it keeps others out until they are too late, and costs
     much throughput: once the oldest has waited for `PRESSING_WAIT` of what it may, and all who are
     here together would give `WORTH_GIVING_UP` times the tokens a second that steps in time can. It
     holds again once nobody waits and no more run than it allows. In balance, b sequences give
@@ -115,6 +119,7 @@ class LatencyLimits:
         self._steps_to_check = 0
         self.step_time = StepTimeEstimator()
         self._slow_steps: SlowSteps | None = None
+        self._catch_up: CatchUp | None = None
         if ttft_slo_seconds is not None:
             self._slow_steps = SlowSteps(
                 itl_slo_seconds,
@@ -123,10 +128,19 @@ class LatencyLimits:
                 self.step_time,
                 min_prefill_chunk,
             )
+            self._catch_up = CatchUp(self._slow_steps.queue, self.step_time)
         self.is_trusted = False
-        self.is_given_up = False
+        self._costs_too_much = False
         self.largest_batch = 1
         self._prompt_tokens = math.inf
+
+    @property
+    def given_up(self) -> str | None:
+        """Why the target between tokens is given up for now; None while it holds."""
+        if self._costs_too_much:
+            return GIVEN_UP
+        is_catching_up = self._catch_up is not None and self._catch_up.is_on
+        return CATCHES_UP if is_catching_up else None
 
     @property
     def slow_start_tokens(self) -> int:
@@ -136,10 +150,11 @@ class LatencyLimits:
     def observe(self, step: StepRecord) -> None:
         """Learns the step's time, and what it spent."""
         self.step_time.observe(step)
-        if not self.is_given_up:
+        keeps_pace = self.given_up is None
+        if keeps_pace:
             self._late_gaps.observe(step)
         if self._slow_steps is not None:
-            self._slow_steps.observe(step)
+            self._slow_steps.observe(step, keeps_pace=keeps_pace)
         if not self.is_trusted and step.regular:
             self._start_slowly(step)
 
@@ -148,10 +163,11 @@ class LatencyLimits:
 
         Call it before each step: it also keeps up with who still waits for a first token.
         """
-        if self._slow_steps is not None:
+        if self._slow_steps is not None and self._catch_up is not None:
             self._slow_steps.update(snapshot)
-        if self.is_given_up:
-            self.is_given_up = snapshot.waiting > 0 or snapshot.running > self.largest_batch
+            self._catch_up.update(snapshot)
+        if self._costs_too_much:
+            self._costs_too_much = snapshot.waiting > 0 or snapshot.running > self.largest_batch
         self._steps_to_check -= 1
         if self._steps_to_check > 0 or snapshot.decode_seqs < 1:
             return
@@ -160,9 +176,8 @@ class LatencyLimits:
         if self.is_trusted:
             load = self._load(snapshot)
             self.largest_batch = self._largest_batch(snapshot, load)
-            if snapshot.waiting and not self.is_given_up and self._slow_steps is not None:
-                wait = self._slow_steps.queue.oldest_wait(snapshot.clock_seconds)
-                self.is_given_up = wait >= PRESSING_WAIT and self._costs_much(snapshot, load)
+            if snapshot.waiting and self.given_up is None:
+                self._consider_giving_up(snapshot, load)
 
     def prefill(self, snapshot: EngineSnapshot) -> Prefill:
         """Prompt tokens that the step about to be scheduled has time for, beside its decodes."""
@@ -180,6 +195,14 @@ class LatencyLimits:
             if bunches:
                 return Prefill(tokens, WAITS, admits=False, is_whole=True)
         return Prefill(tokens, reason)
+
+    def _consider_giving_up(self, snapshot: EngineSnapshot, load: _Load) -> None:
+        if self._slow_steps is None or self._catch_up is None:
+            return
+        wait = self._slow_steps.queue.oldest_wait(snapshot.clock_seconds)
+        self._costs_too_much = wait >= PRESSING_WAIT and self._costs_much(snapshot, load)
+        if not self._costs_too_much:
+            self._catch_up.consider(snapshot, self._prompts(snapshot))
 
     def _prompts(self, snapshot: EngineSnapshot) -> PromptsAhead:
         """Those of the next step: what is left of the oldest, then some of mean length."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
-from batchpilot.agents.latency_limits import FITS, LatencyLimits
+from batchpilot.agents.latency_limits import CATCHES_UP, FITS, LatencyLimits
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import BatchLimits, Decision, EngineSnapshot, Source, StepRecord
 from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
@@ -20,7 +20,6 @@ OVERFLOW_PROBABILITY, OVERFLOW_PROBABILITY_WITH_TTFT = 0.15, 0.45
 COLD = "the step time is not known well enough"
 LARGER_BATCH = "predicted step time of a larger batch"
 PEAK = "peak of future memory"
-GIVEN_UP = "the target would cost first tokens and most of the throughput: given up until none wait"
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,10 @@ class PredictivePolicy:
     `memory+sla` decides the sequence limit until the step time can be trusted, and again when its
     innovations or its own stated error say that it cannot; `Decision.source` and the reason tell.
     Under more load than the target allows, running sequences keep their pace and others wait; with
-    a target for the first token too, only while that costs little: see `LatencyLimits`. And with
-    both, prompts are computed together in long steps where usual ones hardly keep up and pay far
-    more for each: see `Bunches`.
+    a target for the first token too, only while that costs little, and not while a queue makes
+    everybody late that could be gone soon: see `LatencyLimits` and `CatchUp`. And with both,
+    prompts are computed together in long steps where usual ones hardly keep up and pay far more for
+    each: see `Bunches`.
 
     Limitations: where even the least chunk beside the running decodes misses the target, the limits
     only keep more sequences out: nobody is thrown out of the batch. Noise in the step time costs
@@ -105,8 +105,9 @@ class PredictivePolicy:
         if latency is None:
             return self._decided(seqs, tokens, memory.reason)
         latency.check(snapshot)
-        if latency.is_given_up:
-            return self._decided(seqs, tokens, GIVEN_UP)
+        given_up = latency.given_up
+        if given_up is not None:
+            return self._decided(seqs, tokens, given_up, is_whole=given_up is CATCHES_UP)
         if not latency.is_trusted:
             return self._guarded(snapshot, latency.slow_start_tokens)
         reason, is_whole = PEAK, False

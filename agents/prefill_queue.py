@@ -40,7 +40,10 @@ class PrefillQueue:
     preempted request counts as one that never had a token, if it is known at all.
 
     Attributes:
+        target_seconds: For the time to the first token.
         backlog_tokens: Prompt tokens still to compute.
+        first_tokens: Requests that have had theirs.
+        late_first_tokens: Those of them that had it after the target.
     """
 
     def __init__(self, target_seconds: float) -> None:
@@ -49,10 +52,10 @@ class PrefillQueue:
         Args:
             target_seconds: For the time to the first token.
         """
-        self._target = target_seconds
+        self.target_seconds = target_seconds
         self._pending: deque[_Pending] = deque()
         self._step_seconds = 0.0
-        self.backlog_tokens = 0
+        self.backlog_tokens = self.first_tokens = self.late_first_tokens = 0
 
     def observe(self, step: StepRecord) -> None:
         """Takes in arrivals, and gives the oldest the prompt tokens that were computed."""
@@ -73,9 +76,14 @@ class PrefillQueue:
 
     def update(self, snapshot: EngineSnapshot) -> None:
         """Forgets those that have had their first token, and stamps those that are new."""
-        pending, earliest = self._pending, snapshot.clock_seconds - self._step_seconds
+        pending, now = self._pending, snapshot.clock_seconds
+        earliest = now - self._step_seconds
         for _ in range(len(pending) - snapshot.waiting - snapshot.prefill_seqs):
-            self.backlog_tokens -= pending.popleft().left
+            request = pending.popleft()
+            self.backlog_tokens -= request.left
+            self.first_tokens += 1
+            if request.since is not None and now - request.since > self.target_seconds:
+                self.late_first_tokens += 1
         for request in reversed(pending):
             if request.since is not None:
                 break
@@ -90,10 +98,22 @@ class PrefillQueue:
             whole += request.left
         return whole or most
 
+    def backlog_work(self, attention: float) -> float:
+        """Work of all who wait, in tokens; further ones are taken to be like the first.
+
+        Args:
+            attention: As in `pace_needed`.
+        """
+        work, tokens = 0.0, 0
+        for request in islice(self._pending, LOOKED_AT):
+            work += request.work(attention)
+            tokens += request.left
+        return work * self.backlog_tokens / tokens if tokens else 0.0
+
     def oldest_wait(self, now: float) -> float:
         """How long the oldest has waited for a first token, as a share of the target."""
         since = self._pending[0].since if self._pending else None
-        return 0.0 if since is None else (now - since) / self._target
+        return 0.0 if since is None else (now - since) / self.target_seconds
 
     def pace_needed(
         self, now: float, *, share: float, at_most: float, attention: float = 0.0
@@ -108,7 +128,7 @@ class PrefillQueue:
             at_most: The fastest pace; who would need more is given up.
             attention: Tokens that take as long as one of the squares of `PromptsAhead`.
         """
-        planned = share * self._target
+        planned = share * self.target_seconds
         ahead = needed = 0.0
         for request in islice(self._pending, LOOKED_AT):
             ahead += request.work(attention)

@@ -74,9 +74,16 @@ class SlowSteps:
         """Takes the mean length of outputs in."""
         self._pace.set_life(output_tokens)
 
-    def observe(self, step: StepRecord) -> None:
-        """Takes a step in."""
-        self._pace.observe(step)
+    def observe(self, step: StepRecord, *, keeps_pace: bool) -> None:
+        """Takes a step in.
+
+        Args:
+            step: The newest.
+            keeps_pace: False where the target between tokens was given up: what comes after is not
+                to pay for it.
+        """
+        if keeps_pace:
+            self._pace.observe(step)
         self.queue.observe(step)
 
     def update(self, snapshot: EngineSnapshot) -> None:

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from batchpilot.agents.acting import ActingPolicy
 from batchpilot.agents.actions import ActionDesign
 from batchpilot.agents.catalog import PolicySpec
-from batchpilot.agents.latency_limits import CHECK_STEPS, LEAST_CHUNK, SLOW, LatencyLimits
+from batchpilot.agents.latency_limits import (
+    CATCHES_UP,
+    CHECK_STEPS,
+    GIVEN_UP,
+    LEAST_CHUNK,
+    SLOW,
+    LatencyLimits,
+)
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import (
     BatchLimits,
@@ -23,7 +30,6 @@ from batchpilot.agents.limits import (
 )
 from batchpilot.agents.predictive import (
     COLD,
-    GIVEN_UP,
     LARGER_BATCH,
     PredictiveParameters,
     PredictivePolicy,
@@ -360,9 +366,10 @@ def served(
     noise=0.0,
     num_requests=100,
     seed=0,
+    workload="sharegpt",
 ):
-    """ShareGPT requests, in bursts, on a virtual GPU; deterministic to the last digit."""
-    spec = WorkloadSpec("sharegpt", arrivals, num_requests, seed=seed)
+    """Requests of real lengths, in bursts, on a virtual GPU; deterministic to the last digit."""
+    spec = WorkloadSpec(workload, arrivals, num_requests, seed=seed)
     requests = engine_requests(spec.build(), vocab_size=VOCAB_SIZE, seed=0)
     timed = [
         TimedRequest(planned.arrival_seconds, request)
@@ -405,6 +412,40 @@ def test_where_any_prompt_slows_all_attention_they_are_computed_together(monkeyp
     apart = served("predictive", slo, **load)
     assert together.slo_attainment > apart.slo_attainment + 0.05
     assert not_undone.slo_attainment > apart.slo_attainment + 0.05
+
+
+class Reasons:
+    """A policy, and why it decided."""
+
+    def __init__(self, policy):
+        self._policy = policy
+        self.seen = set()
+
+    def observe(self, step):
+        self._policy.observe(step)
+
+    def decide(self, snapshot):
+        decision = self._policy.decide(snapshot)
+        self.seen.add(decision.reason)
+        return decision
+
+
+def test_a_queue_that_makes_everybody_late_is_caught_up_with(monkeypatch):
+    slo = Slo(itl_slo_ms=11.0, ttft_slo_ms=1000.0)
+    load = {
+        "profile": "qwen3-8b-h200",
+        "workload": "empirical:azure-2023-conv",
+        "arrivals": "gamma:rate=15:cv=2",
+        "noise": 0.05,
+        "num_requests": 400,
+        "seed": 8,
+    }
+    policy = Reasons(built("predictive", slo))
+    caught_up = served(policy, slo, **load)
+    assert CATCHES_UP in policy.seen
+    monkeypatch.setattr("batchpilot.agents.catch_up.MOST_LOST", math.inf)
+    left_alone = served("predictive", slo, **load)
+    assert caught_up.slo_attainment > left_alone.slo_attainment + 0.05
 
 
 def test_the_same_run_gives_the_same_numbers():

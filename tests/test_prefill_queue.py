@@ -43,6 +43,21 @@ def test_a_prefix_cache_hit_is_forgotten_once_the_prompt_is_done():
     assert waiting.backlog_tokens == 300
 
 
+def test_first_tokens_are_counted_and_those_that_came_too_late():
+    waiting = queue(1000, 1000, 1000)
+    waiting.update(snapshot(0.9, 2))
+    assert (waiting.first_tokens, waiting.late_first_tokens) == (1, 0)
+    waiting.update(snapshot(1.1, 0))
+    assert (waiting.first_tokens, waiting.late_first_tokens) == (3, 2)
+
+
+def test_work_that_waits_is_tokens_and_what_they_attend_to():
+    assert queue(1000, 500).backlog_work(0.0) == 1500
+    assert queue(1000, 500).backlog_work(1e-3) == pytest.approx(1000 + 1000 + 500 + 250)
+    assert queue(*[1000] * 100).backlog_work(1e-3) == pytest.approx(200_000)  # only 32 looked at
+    assert queue().backlog_work(1e-3) == 0
+
+
 def needed(waiting, now, at_most=1e9):
     return waiting.pace_needed(now, share=1.0, at_most=at_most)
 

@@ -1,0 +1,84 @@
+"""When the queue is caught up with at any pace, since those who run were too late already."""
+
+from __future__ import annotations
+
+from batchpilot.agents.limits import EngineSnapshot
+from batchpilot.agents.prefill_queue import PrefillQueue
+from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
+
+#: Share of those who run whose first token was late, from which on their pace is worth little.
+MOST_LOST = 0.5
+#: It begins where all who wait can be computed within this share of the target, arrivals aside: a
+#: queue that takes longer has gained as many by then.
+SOON = 1.0
+#: And ends once the oldest has waited for no more than this share of it: those behind have time.
+IN_TIME = 0.5
+
+
+class CatchUp:
+    """Whether everybody is let in and computed at once, whatever that does to the pace.
+
+    Served first come, first served, a queue that has grown beyond the target makes every first
+    token late until it is gone, and at the target's own pace, near capacity, that takes very long.
+    Those who run then are mostly those whose first token was late: keeping the pace for them brings
+    nobody inside the targets.
+
+    Formula: with each first token the lost share L moves by (late - L) / N, as if any one of the N
+    who run had made room. Once L >= `MOST_LOST`, the oldest who waits is too late, and the work of
+    all who wait takes no more than `SOON` of the target in steps as long as the start-up token
+    budget makes them, the pace is given up, until nobody has waited for more than `IN_TIME` of it.
+
+    Limitations: who still was in time and runs beside the others may lose its pace. Where far more
+    comes than the engine can take at any pace, the queue is never short enough, and the pace stays.
+
+    Attributes:
+        is_on: Whether the pace is given up.
+    """
+
+    def __init__(self, queue: PrefillQueue, step_time: StepTimeEstimator) -> None:
+        """Starts with nobody lost.
+
+        Args:
+            queue: Who waits for a first token; its owner shows it the steps.
+            step_time: Learned elsewhere.
+        """
+        self._queue = queue
+        self._step_time = step_time
+        self._lost_share = 0.0
+        self._first_tokens = self._late_first_tokens = 0
+        self.is_on = False
+
+    def update(self, snapshot: EngineSnapshot) -> None:
+        """Takes in the newest first tokens, before each step, and ends it where it is done."""
+        given = self._queue.first_tokens - self._first_tokens
+        if given:
+            late = self._queue.late_first_tokens - self._late_first_tokens
+            self._first_tokens += given
+            self._late_first_tokens += late
+            self._lost_share += (late - given * self._lost_share) / max(snapshot.running, given)
+        if self.is_on:
+            wait = self._queue.oldest_wait(snapshot.clock_seconds)
+            self.is_on = snapshot.waiting > 0 and wait > IN_TIME
+
+    def consider(self, snapshot: EngineSnapshot, prompts: PromptsAhead) -> None:
+        """Begins where it is worth it.
+
+        Args:
+            snapshot: Before a step, somebody waiting.
+            prompts: That the step will meet.
+        """
+        is_too_late = self._queue.oldest_wait(snapshot.clock_seconds) >= 1.0
+        if is_too_late and self._lost_share >= MOST_LOST:
+            self.is_on = self._seconds_to_go(snapshot, prompts) <= SOON * self._queue.target_seconds
+
+    def _seconds_to_go(self, snapshot: EngineSnapshot, prompts: PromptsAhead) -> float:
+        """Until all who wait are computed, in the longest steps there are, if nobody else came."""
+        decodes, engine = snapshot.decode_seqs, snapshot.engine
+        kv_tokens = snapshot.used_blocks * engine.block_size
+        tokens = engine.startup_limits.max_num_batched_tokens - decodes * engine.tokens_per_decode
+        if tokens < 1:
+            return float("inf")
+        attention = self._step_time.attention_tokens
+        step_work = tokens + attention * prompts.squares(tokens)
+        steps = self._queue.backlog_work(attention) / step_work
+        return steps * self._step_time.predict(decodes, tokens, kv_tokens, prompts)
