@@ -160,7 +160,10 @@ def test_the_whole_command_small(folder, capsys, monkeypatch):
     assert len(content["shifts"]) == 3
     assert all(outcome["completed"] == outcome["submitted"] for outcome in outcomes(content))
     printed = capsys.readouterr().out
-    for title in ("Capacity: requests/s", "The target is held", "KV-bound", "Shifts: regret"):
+    for title in (
+        *("Capacity: requests/s", "The target is held", "Overload: share", "KV-bound"),
+        "Shifts: regret",
+    ):
         assert title in printed
     page = Path("results/predictive.html").read_text()
     assert "<svg" in page
@@ -178,7 +181,8 @@ def test_the_whole_command_small(folder, capsys, monkeypatch):
 
 def outcomes(content):
     """Every outcome that was run to its end."""
-    sections = (content["capacity"], content["saturation"], content["shifts"])
+    names = ("capacity", "overload", "saturation", "shifts")
+    sections = [content[name] for name in names]
     rows = [row for section in sections for result in section for row in result["rows"]]
     return [outcome for row in rows for outcome in row.get("outcomes", row.get("common"))]
 

@@ -5,6 +5,7 @@ Sections:
   capacity    the highest rate of bursty arrivals at which 99 % of the requests are inside the
               targets, for every contestant; and latency at one common load
   target      whether token gaps stay inside the target at that load, ours and the static pairs
+  overload    share of requests inside the targets at the rate that smooth traffic would just allow
   saturation  output tokens/s and preemptions where the KV cache is what binds
   shifts      lengths, rate or GPU speed change half-way: regret to the best static pair of each
               phase, and the time until the target is regained
@@ -33,6 +34,7 @@ from batchpilot.env.bench.settings import option
 from batchpilot.env.cache import cache_folder
 from batchpilot.env.contest.capacity import compare_capacity
 from batchpilot.env.contest.crew import Crew, open_crew
+from batchpilot.env.contest.overload import compare_overloaded
 from batchpilot.env.contest.report import ContestResults, render_markdown, render_page
 from batchpilot.env.contest.saturation import compare_saturated
 from batchpilot.env.contest.settings import ContestSettings
@@ -97,6 +99,7 @@ def _compare(settings: ContestSettings, crew: Crew, folder: Path) -> ContestResu
         environment=read_environment(),
         capacity=capacity,
         target=target,
+        overload=compare_overloaded(settings, crew, folder) if "overload" in sections else [],
         saturation=compare_saturated(settings, crew, folder) if "saturation" in sections else [],
         shifts=compare_shifts(settings, crew, folder) if "shifts" in sections else [],
     )

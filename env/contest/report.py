@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from batchpilot.env.bench.figures import PAPER, Colours, render
 from batchpilot.env.contest.capacity import CapacityResult
 from batchpilot.env.contest.lineup import DEFAULT, OURS, is_static, short_name
+from batchpilot.env.contest.overload import OverloadResult
 from batchpilot.env.contest.saturation import SaturationResult
 from batchpilot.env.contest.shifting import ShiftResult
 from batchpilot.env.contest.tables import (
     TextTable,
     capacity_tables,
+    overload_tables,
     saturation_tables,
     shift_tables,
     target_table,
@@ -39,6 +41,7 @@ class ContestResults:
         environment: What it ran on, as JSON values.
         capacity: By scenario.
         target: The same of static pairs and ours alone, where capacity was not asked for.
+        overload: By scenario.
         saturation: By scenario.
         shifts: By scenario.
     """
@@ -48,6 +51,7 @@ class ContestResults:
     environment: Mapping[str, Any]
     capacity: Sequence[CapacityResult] = ()
     target: Sequence[CapacityResult] = ()
+    overload: Sequence[OverloadResult] = ()
     saturation: Sequence[SaturationResult] = ()
     shifts: Sequence[ShiftResult] = ()
 
@@ -58,6 +62,8 @@ class ContestResults:
             found += capacity_tables(self.capacity)
         if self.target:
             found.append(target_table(self.target))
+        if self.overload:
+            found += overload_tables(self.overload)
         if self.saturation:
             found += saturation_tables(self.saturation)
         if self.shifts:
@@ -68,7 +74,7 @@ class ContestResults:
         """The content of the JSON file."""
         sections = {
             name: [asdict(result) for result in getattr(self, name)]
-            for name in ("capacity", "target", "saturation", "shifts")
+            for name in ("capacity", "target", "overload", "saturation", "shifts")
         }
         head = {
             "schema": SCHEMA,

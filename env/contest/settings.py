@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from batchpilot.env.contest.scenario import (
 )
 from batchpilot.env.profiles import load_profile
 
-SECTIONS = ("capacity", "target", "saturation", "shifts")
+SECTIONS = ("capacity", "target", "overload", "saturation", "shifts")
 PROFILES = (
     "llama-3.1-8b-rtx4090",
     "llama-3.1-8b-h100",
@@ -37,6 +37,8 @@ _ITL_FACTORS, _TTFT_SLO_MS = (2.0, 3.0), (2000.0, 1000.0)
 #: Profiles of the shifts.
 SHIFT_PROFILES = ("llama-3.1-8b-h100", "llama-3.1-70b-h100-tp4")
 PHASE_SECONDS = 20.0
+#: Arrivals at the estimated capacity go on for so long: bursts come and go.
+OVERLOAD_SECONDS = 60.0
 #: KV blocks that make memory scarce on a large device, and whose lengths are served then.
 CUT_BLOCKS, CUT_LENGTHS = 4000, "Azure"
 
@@ -155,6 +157,14 @@ class ContestSettings(Parameters):
             )
             for profile in self.profile_names
             for lengths, factor, ttft in (every if self.full else _paired(profile))
+        ]
+
+    def overloaded_scenarios(self) -> list[Scenario]:
+        """Where as much comes as smooth traffic would just allow."""
+        seconds = OVERLOAD_SECONDS * self._share
+        return [
+            replace(scenario, num_requests=max(1, round(scenario.rate_per_s * seconds)))
+            for scenario in self.slo_scenarios()
         ]
 
     def saturated_scenarios(self) -> list[Scenario]:
