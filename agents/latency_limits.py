@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from batchpilot.agents.catch_up import CatchUp
 from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
@@ -119,7 +118,6 @@ class LatencyLimits:
         self._steps_to_check = 0
         self.step_time = StepTimeEstimator()
         self._slow_steps: SlowSteps | None = None
-        self._catch_up: CatchUp | None = None
         if ttft_slo_seconds is not None:
             self._slow_steps = SlowSteps(
                 itl_slo_seconds,
@@ -128,7 +126,6 @@ class LatencyLimits:
                 self.step_time,
                 min_prefill_chunk,
             )
-            self._catch_up = CatchUp(self._slow_steps.queue, self.step_time)
         self.is_trusted = False
         self._costs_too_much = False
         self.largest_batch = 1
@@ -139,7 +136,7 @@ class LatencyLimits:
         """Why the target between tokens is given up for now; None while it holds."""
         if self._costs_too_much:
             return GIVEN_UP
-        is_catching_up = self._catch_up is not None and self._catch_up.is_on
+        is_catching_up = self._slow_steps is not None and self._slow_steps.catch_up.is_on
         return CATCHES_UP if is_catching_up else None
 
     @property
@@ -163,9 +160,8 @@ class LatencyLimits:
 
         Call it before each step: it also keeps up with who still waits for a first token.
         """
-        if self._slow_steps is not None and self._catch_up is not None:
+        if self._slow_steps is not None:
             self._slow_steps.update(snapshot)
-            self._catch_up.update(snapshot)
         if self._costs_too_much:
             self._costs_too_much = snapshot.waiting > 0 or snapshot.running > self.largest_batch
         self._steps_to_check -= 1
@@ -176,8 +172,8 @@ class LatencyLimits:
         if self.is_trusted:
             load = self._load(snapshot)
             self.largest_batch = self._largest_batch(snapshot, load)
-            if snapshot.waiting and self.given_up is None:
-                self._consider_giving_up(snapshot, load)
+            if snapshot.waiting and self.given_up is None and self._slow_steps is not None:
+                self._consider_giving_up(snapshot, load, self._slow_steps)
 
     def prefill(self, snapshot: EngineSnapshot) -> Prefill:
         """Prompt tokens that the step about to be scheduled has time for, beside its decodes."""
@@ -196,13 +192,14 @@ class LatencyLimits:
                 return Prefill(tokens, WAITS, admits=False, is_whole=True)
         return Prefill(tokens, reason)
 
-    def _consider_giving_up(self, snapshot: EngineSnapshot, load: _Load) -> None:
-        if self._slow_steps is None or self._catch_up is None:
-            return
-        wait = self._slow_steps.queue.oldest_wait(snapshot.clock_seconds)
+    def _consider_giving_up(
+        self, snapshot: EngineSnapshot, load: _Load, slow_steps: SlowSteps
+    ) -> None:
+        """Looks whether first tokens are worth the pace of all who run."""
+        wait = slow_steps.queue.oldest_wait(snapshot.clock_seconds)
         self._costs_too_much = wait >= PRESSING_WAIT and self._costs_much(snapshot, load)
         if not self._costs_too_much:
-            self._catch_up.consider(snapshot, self._prompts(snapshot))
+            slow_steps.catch_up.consider(snapshot, self._prompts(snapshot))
 
     def _prompts(self, snapshot: EngineSnapshot) -> PromptsAhead:
         """Those of the next step: what is left of the oldest, then some of mean length."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from batchpilot.agents.bunches import Bunches, StepOption
+from batchpilot.agents.catch_up import CatchUp
 from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
 from batchpilot.agents.pace import MeanPace
@@ -38,6 +39,7 @@ class SlowSteps:
 
     Attributes:
         queue: Who waits for a first token.
+        catch_up: Whether all who wait are computed at once, and the pace is given up for that.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class SlowSteps:
             least_chunk: Prompt tokens that a usual step has even where the target leaves fewer.
         """
         self.queue = PrefillQueue(ttft_slo_seconds)
+        self.catch_up = CatchUp(self.queue, step_time)
         self._late_gaps = late_gaps
         self._step_time = step_time
         self._pace = MeanPace(itl_slo_seconds)
@@ -89,6 +92,7 @@ class SlowSteps:
     def update(self, snapshot: EngineSnapshot) -> None:
         """Takes in who waits now, before each step."""
         self.queue.update(snapshot)
+        self.catch_up.update(snapshot)
 
     def prefill(
         self,
