@@ -274,9 +274,11 @@ def test_a_target_that_costs_first_tokens_and_most_of_the_throughput_is_given_up
     assert decision.reason == GIVEN_UP
     assert decision.limits.max_num_batched_tokens == 2048
     assert decision.limits.max_num_seqs > 80  # what memory allows
-    late = policy._latency._late_gaps.late_share
+    limits = policy._latency
+    late, pace = limits._late_gaps.late_share, limits._slow_steps._pace.mean_seconds
     policy.observe(step(60, 2000))
-    assert policy._latency._late_gaps.late_share == late  # not what the target's own steps spent
+    assert limits._late_gaps.late_share == late  # not what the target's own steps spent
+    assert limits._slow_steps._pace.mean_seconds == pace
 
 
 def test_it_is_held_while_those_who_wait_have_time_and_where_it_costs_little_throughput():
