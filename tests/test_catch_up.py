@@ -63,20 +63,29 @@ class Scene:
         return EngineSnapshot(FACTS, self.clock, RUNNING, self.waiting, used_blocks=used)
 
 
-def test_where_most_were_late_a_queue_that_can_be_gone_soon_is_caught_up_with(step_time):
+def begins(step_time, *, first_tokens_after=1.2, prompts=10, waited=1.1):
+    """20 first tokens after so long; then prompts of 2,000 tokens that have waited for so long."""
     scene = Scene(step_time)
-    scene.first_tokens(20, after=1.2)
-    scene.arrive(*[2000] * 10)
-    scene.wait(1.1)
-    assert scene.considered()
+    scene.first_tokens(20, after=first_tokens_after)
+    scene.arrive(*[2000] * prompts)
+    scene.wait(waited)
+    return scene.considered()
+
+
+def test_where_most_were_late_a_queue_that_can_be_gone_soon_is_caught_up_with(step_time):
+    assert begins(step_time)
 
 
 def test_those_whose_first_token_was_in_time_keep_their_pace(step_time):
-    scene = Scene(step_time)
-    scene.first_tokens(20, after=0.8)
-    scene.arrive(*[2000] * 10)
-    scene.wait(1.1)
-    assert not scene.considered()
+    assert not begins(step_time, first_tokens_after=0.8)
+
+
+def test_nobody_hurries_while_the_oldest_can_be_in_time(step_time):
+    assert not begins(step_time, waited=0.9)
+
+
+def test_a_queue_that_takes_longer_than_the_target_at_any_pace_is_left_alone(step_time):
+    assert not begins(step_time, prompts=30)  # 30 steps of 43 ms
 
 
 def test_late_ones_make_room_in_time_for_others(step_time):
@@ -85,22 +94,6 @@ def test_late_ones_make_room_in_time_for_others(step_time):
     for _ in range(40):  # of those who run now, few were late
         scene.first_tokens(1, after=0.1)
     scene.arrive(*[2000] * 10)
-    scene.wait(1.1)
-    assert not scene.considered()
-
-
-def test_nobody_hurries_while_the_oldest_can_be_in_time(step_time):
-    scene = Scene(step_time)
-    scene.first_tokens(20, after=1.2)
-    scene.arrive(*[2000] * 10)
-    scene.wait(0.9)
-    assert not scene.considered()
-
-
-def test_a_queue_that_takes_longer_than_the_target_at_any_pace_is_left_alone(step_time):
-    scene = Scene(step_time)
-    scene.first_tokens(20, after=1.2)
-    scene.arrive(*[2000] * 30)  # 30 steps of 43 ms
     scene.wait(1.1)
     assert not scene.considered()
 
