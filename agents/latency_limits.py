@@ -89,10 +89,11 @@ class LatencyLimits:
 
     With a target for the first token, some steps may be slow: see `SlowSteps`; and the pace may be
     given up for a moment, so that a queue that makes everybody late goes away: see `CatchUp`. And
-    with one, the target between tokens is given up where it keeps others out until they are too late, and costs
-    much throughput: once the oldest has waited for `PRESSING_WAIT` of what it may, and all who are
-    here together would give `WORTH_GIVING_UP` times the tokens a second that steps in time can. It
-    holds again once nobody waits and no more run than it allows. In balance, b sequences give
+    with one, the target between tokens is given up where it keeps others out until they are too
+    late, and costs much throughput: once the oldest has waited for `PRESSING_WAIT` of what it may,
+    and all who are here together would give `WORTH_GIVING_UP` times the tokens a second that steps
+    in time can. It holds again once nobody waits and no more run than it allows. In balance, b
+    sequences give
 
         b / ((1 - m) t(b, 0, b kappa) + m t(b, P, b kappa))
 
