@@ -64,9 +64,7 @@ class OverloadResult:
         return max(static, key=lambda row: row.inside)
 
 
-def compare_overloaded(
-    settings: ContestSettings, crew: Crew, folder: Path
-) -> list[OverloadResult]:
+def compare_overloaded(settings: ContestSettings, crew: Crew, folder: Path) -> list[OverloadResult]:
     """Runs everybody in every scenario, on every seed."""
     results = []
     for scenario in settings.overloaded_scenarios():
@@ -84,4 +82,3 @@ def compare_overloaded(
         )
         results.append(OverloadResult(scenario, rows))
     return results
-
