@@ -102,6 +102,12 @@ class LatencyLimits:
 
     Before the model is trusted, prefill starts slowly: from the least chunk it doubles while the
     target is kept, and halves when it is not. That also shows the model what it has to know.
+
+    Attributes:
+        step_time: Learned from the steps.
+        is_trusted: Whether it decides.
+        given_up: Why the target between tokens is given up for now; None while it holds.
+        largest_batch: As of the newest look.
     """
 
     def __init__(
@@ -128,17 +134,9 @@ class LatencyLimits:
                 min_prefill_chunk,
             )
         self.is_trusted = False
-        self._costs_too_much = False
+        self.given_up: str | None = None
         self.largest_batch = 1
         self._prompt_tokens = math.inf
-
-    @property
-    def given_up(self) -> str | None:
-        """Why the target between tokens is given up for now; None while it holds."""
-        if self._costs_too_much:
-            return GIVEN_UP
-        is_catching_up = self._slow_steps is not None and self._slow_steps.catch_up.is_on
-        return CATCHES_UP if is_catching_up else None
 
     @property
     def slow_start_tokens(self) -> int:
@@ -163,8 +161,8 @@ class LatencyLimits:
         """
         if self._slow_steps is not None:
             self._slow_steps.update(snapshot)
-        if self._costs_too_much:
-            self._costs_too_much = snapshot.waiting > 0 or snapshot.running > self.largest_batch
+            if self.given_up is not None and self._holds_again(snapshot, self._slow_steps):
+                self.given_up = None
         self._steps_to_check -= 1
         if self._steps_to_check > 0 or snapshot.decode_seqs < 1:
             return
@@ -198,9 +196,17 @@ class LatencyLimits:
     ) -> None:
         """Looks whether first tokens are worth the pace of all who run."""
         wait = slow_steps.queue.oldest_wait(snapshot.clock_seconds)
-        self._costs_too_much = wait >= PRESSING_WAIT and self._costs_much(snapshot, load)
-        if not self._costs_too_much:
-            slow_steps.catch_up.consider(snapshot, self._prompts(snapshot))
+        if wait >= PRESSING_WAIT and self._costs_much(snapshot, load):
+            self.given_up = GIVEN_UP
+            return
+        slow_steps.catch_up.consider(snapshot, self._prompts(snapshot))
+        if slow_steps.catch_up.is_on:
+            self.given_up = CATCHES_UP
+
+    def _holds_again(self, snapshot: EngineSnapshot, slow_steps: SlowSteps) -> bool:
+        if self.given_up is CATCHES_UP:
+            return not slow_steps.catch_up.is_on
+        return snapshot.waiting == 0 and snapshot.running <= self.largest_batch
 
     def _prompts(self, snapshot: EngineSnapshot) -> PromptsAhead:
         """Those of the next step: what is left of the oldest, then some of mean length."""
