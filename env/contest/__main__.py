@@ -39,7 +39,7 @@ from batchpilot.env.contest.report import ContestResults, render_markdown, rende
 from batchpilot.env.contest.saturation import compare_saturated
 from batchpilot.env.contest.settings import ContestSettings
 from batchpilot.env.contest.shifting import compare_shifts
-from batchpilot.env.contest.tables import TextTable
+from batchpilot.env.contest.text_table import TextTable
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

@@ -16,10 +16,11 @@ from statistics import median
 from batchpilot.env.contest.crew import Crew
 from batchpilot.env.contest.ladder import LOWEST, highest_kept, rate_scale
 from batchpilot.env.contest.lineup import DEFAULT, OURS, contestant, is_static, slo_lineup
+from batchpilot.env.contest.results import Result, Row, run_all
 from batchpilot.env.contest.scenario import Scenario
 from batchpilot.env.contest.settings import ContestSettings
-from batchpilot.env.contest.summary import Spread, median_of, spread
-from batchpilot.env.contest.trial import Outcome, OutcomeStore, Trial, run_stored
+from batchpilot.env.contest.summary import Spread, spread
+from batchpilot.env.contest.trial import OutcomeStore, Trial, run_stored
 
 #: Where the search for vLLM's default begins; the others begin at what is known by then.
 _DEFAULT_START = -4
@@ -28,71 +29,39 @@ _LOST_START = -24
 
 
 @dataclass(frozen=True)
-class CapacityRow:
-    """A contestant in a scenario.
+class CapacityRow(Row):
+    """A contestant in a scenario; its outcomes are those at the common load.
 
     Attributes:
-        policy: Its label.
         rates_per_s: Capacity on each seed, 0 where it kept no rate.
-        common: Its outcomes at the common load, by seed; empty where that was not run.
     """
 
-    policy: str
     rates_per_s: tuple[float, ...]
-    common: tuple[Outcome, ...] = ()
 
     @property
     def capacity(self) -> Spread:
         """Median, least and greatest over the seeds."""
         return spread(self.rates_per_s)
 
-    @property
-    def itl_p99_ms(self) -> float | None:
-        """At the common load, the median over seeds."""
-        return median_of([outcome.itl_p99_ms for outcome in self.common])
-
-    @property
-    def ttft_p99_ms(self) -> float | None:
-        """At the common load, the median over seeds."""
-        return median_of([outcome.ttft_p99_ms for outcome in self.common])
-
-    @property
-    def attainment(self) -> float | None:
-        """At the common load, over all seeds."""
-        if not self.common:
-            return None
-        return sum(o.inside for o in self.common) / sum(o.submitted for o in self.common)
-
 
 @dataclass(frozen=True)
-class CapacityResult:
+class CapacityResult(Result[CapacityRow]):
     """A scenario's contestants.
 
     Attributes:
-        scenario: Where.
-        rows: In the order of the line-up.
         common_rate_per_s: The common load.
     """
 
-    scenario: Scenario
-    rows: tuple[CapacityRow, ...]
     common_rate_per_s: float
-
-    def row(self, policy: str) -> CapacityRow | None:
-        """A contestant's row, None where it took no part."""
-        return next((row for row in self.rows if row.policy == policy), None)
 
     @property
     def best_static(self) -> CapacityRow:
         """The static pair with the highest median; of several, the one that held more latency."""
-        return max(
-            (row for row in self.rows if is_static(row.policy)),
-            key=lambda row: (row.capacity.median, sum(row.rates_per_s)),
-        )
+        return max(self.static_rows, key=lambda row: (row.capacity.median, sum(row.rates_per_s)))
 
     def holding(self) -> CapacityRow | None:
-        """The static pair with the least ITL p99 at the common load; None where it was not run."""
-        measured = [row for row in self.rows if is_static(row.policy) and row.itl_p99_ms]
+        """The static pair with the least ITL p99 at the common load; None where none has one."""
+        measured = [row for row in self.static_rows if row.itl_p99_ms]
         return min(measured, key=lambda row: row.itl_p99_ms or 0.0, default=None)
 
 
@@ -113,11 +82,6 @@ def find_rung(trial: Trial, start: int, folder: Path) -> int | None:
         return not outcome.given_up and outcome.attainment >= asked
 
     return highest_kept(keeps, start)
-
-
-def run_one(trial: Trial, folder: Path) -> Outcome:
-    """One trial to its end; runs in a process of the crew."""
-    return run_stored(trial, OutcomeStore(folder))
 
 
 def compare_capacity(
@@ -202,20 +166,17 @@ def _at_common_load(
 ) -> CapacityResult:
     best = max(median(found) for label, found in rungs.items() if is_static(label))
     common = max(round(best), LOWEST)
-    tasks = [
-        (replace(_trial(scenario, label, seed, None), rate_scale=rate_scale(common)), folder)
+    trials = {
+        label: [
+            replace(_trial(scenario, label, seed, None), rate_scale=rate_scale(common))
+            for seed in seeds
+        ]
         for label in rungs
-        for seed in seeds
-    ]
-    outcomes = crew.map(f"common load, {scenario.label}", run_one, tasks)
-    count = len(seeds)
+    }
+    outcomes = run_all(f"common load, {scenario.label}", trials, crew, folder)
     rows = [
-        CapacityRow(
-            label,
-            tuple(_rate(scenario, rung) for rung in found),
-            tuple(outcomes[place * count : (place + 1) * count]),
-        )
-        for place, (label, found) in enumerate(rungs.items())
+        CapacityRow(label, outcomes[label], tuple(_rate(scenario, rung) for rung in found))
+        for label, found in rungs.items()
     ]
     return CapacityResult(scenario, tuple(rows), _rate(scenario, common))
 

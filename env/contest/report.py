@@ -14,20 +14,17 @@ from matplotlib.figure import Figure
 
 from batchpilot.env.bench.figures import PAPER, Colours, render
 from batchpilot.env.contest.capacity import CapacityResult
+from batchpilot.env.contest.capacity_tables import capacity_tables, target_table
 from batchpilot.env.contest.lineup import DEFAULT, OURS, is_static, short_name
 from batchpilot.env.contest.overload import OverloadResult
+from batchpilot.env.contest.overload_tables import overload_tables
 from batchpilot.env.contest.saturation import SaturationResult
+from batchpilot.env.contest.saturation_tables import saturation_tables
+from batchpilot.env.contest.shift_tables import shift_tables
 from batchpilot.env.contest.shifting import ShiftResult
-from batchpilot.env.contest.tables import (
-    TextTable,
-    capacity_tables,
-    overload_tables,
-    saturation_tables,
-    shift_tables,
-    target_table,
-)
+from batchpilot.env.contest.text_table import TextTable
 
-SCHEMA = 1
+SCHEMA = 2
 _WIDTH_INCHES = 9.6
 
 

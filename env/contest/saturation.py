@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchpilot.env.contest.capacity import run_one
 from batchpilot.env.contest.crew import Crew
 from batchpilot.env.contest.lineup import contestant, is_hand_tuned, saturated_lineup
-from batchpilot.env.contest.scenario import Scenario
+from batchpilot.env.contest.results import Result, Row, run_all
 from batchpilot.env.contest.settings import ContestSettings
 from batchpilot.env.contest.summary import Spread, spread
-from batchpilot.env.contest.trial import Outcome, Trial
+from batchpilot.env.contest.trial import Trial
+
+#: Policies that cannot do without a target.
+_NEED_A_TARGET = ("sla", "sla-guarded", "memory+sla")
 
 
 @dataclass(frozen=True)
-class SaturationRow:
-    """A contestant in a scenario: its outcome on each seed."""
-
-    policy: str
-    outcomes: tuple[Outcome, ...]
+class SaturationRow(Row):
+    """A contestant in a scenario without targets."""
 
     @property
     def tokens_per_s(self) -> Spread:
@@ -33,15 +32,8 @@ class SaturationRow:
 
 
 @dataclass(frozen=True)
-class SaturationResult:
-    """A scenario's contestants, in the order of the line-up."""
-
-    scenario: Scenario
-    rows: tuple[SaturationRow, ...]
-
-    def row(self, policy: str) -> SaturationRow | None:
-        """A contestant's row, None where it took no part."""
-        return next((row for row in self.rows if row.policy == policy), None)
+class SaturationResult(Result[SaturationRow]):
+    """A scenario's contestants where memory binds."""
 
     @property
     def best_by_hand(self) -> SaturationRow:
@@ -50,31 +42,18 @@ class SaturationResult:
         return max(candidates, key=lambda row: row.tokens_per_s.median)
 
 
-#: Policies that cannot do without a target.
-_NEED_A_TARGET = ("sla", "sla-guarded", "memory+sla")
-
-
 def compare_saturated(
     settings: ContestSettings, crew: Crew, folder: Path
 ) -> list[SaturationResult]:
     """Runs everybody who needs no target, in every scenario, on every seed."""
     results = []
     for scenario in settings.saturated_scenarios():
-        lineup = tuple(
-            label
+        trials = {
+            label: [Trial(scenario, contestant(label), seed=seed) for seed in settings.all_seeds]
             for label in settings.lineup(scenario, saturated_lineup(scenario))
             if label.partition(":")[0] not in _NEED_A_TARGET
-        )
-        tasks = [
-            (Trial(scenario, contestant(label), seed=seed), folder)
-            for label in lineup
-            for seed in settings.all_seeds
-        ]
-        outcomes = crew.map(f"saturation, {scenario.label}", run_one, tasks)
-        count = len(settings.all_seeds)
-        rows = tuple(
-            SaturationRow(label, tuple(outcomes[place * count : (place + 1) * count]))
-            for place, label in enumerate(lineup)
-        )
+        }
+        outcomes = run_all(f"saturation, {scenario.label}", trials, crew, folder)
+        rows = tuple(SaturationRow(label, found) for label, found in outcomes.items())
         results.append(SaturationResult(scenario, rows))
     return results

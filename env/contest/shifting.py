@@ -10,32 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchpilot.env.contest.capacity import run_one
 from batchpilot.env.contest.crew import Crew
-from batchpilot.env.contest.lineup import (
-    DEFAULT,
-    OURS,
-    PUBLISHED,
-    contestant,
-    is_static,
-    static_grid,
-)
+from batchpilot.env.contest.lineup import DEFAULT, OURS, PUBLISHED, contestant, static_grid
+from batchpilot.env.contest.results import Result, Row, run_all
 from batchpilot.env.contest.scenario import Scenario, Shift
 from batchpilot.env.contest.settings import ContestSettings
 from batchpilot.env.contest.summary import median_of
-from batchpilot.env.contest.trial import Outcome, Trial
+from batchpilot.env.contest.trial import Trial
 
 _OTHERS = ("watermark:0.05", PUBLISHED, "memory+sla", "aimd", "p-pas", "trtllm")
 
 
 @dataclass(frozen=True)
-class ShiftRow:
-    """A contestant in a scenario: its outcome on each seed."""
+class ShiftRow(Row):
+    """A contestant in a scenario of several phases."""
 
-    policy: str
-    outcomes: tuple[Outcome, ...]
-
-    def inside(self, phase: int) -> int:
+    def inside_phase(self, phase: int) -> int:
         """Requests of a phase inside the targets, over all seeds."""
         return sum(outcome.phases[phase].inside for outcome in self.outcomes)
 
@@ -49,26 +39,18 @@ class ShiftRow:
         """On each seed, engine time from the shift until the target is regained."""
         return [outcome.phases[-1].regained_s for outcome in self.outcomes]
 
-    def itl_p99_ms(self, phase: int) -> float | None:
+    def itl_p99_ms_of(self, phase: int) -> float | None:
         """Median over the seeds of a phase's 99th percentile of token gaps."""
         return median_of([outcome.phases[phase].itl_p99_ms for outcome in self.outcomes])
 
 
 @dataclass(frozen=True)
-class ShiftResult:
-    """A scenario's contestants, in the order of the line-up."""
-
-    scenario: Scenario
-    rows: tuple[ShiftRow, ...]
-
-    def row(self, policy: str) -> ShiftRow | None:
-        """A contestant's row, None where it took no part."""
-        return next((row for row in self.rows if row.policy == policy), None)
+class ShiftResult(Result[ShiftRow]):
+    """A scenario's contestants through its phases."""
 
     def oracle(self, phase: int) -> ShiftRow:
         """The static pair that was best in a phase."""
-        candidates = (row for row in self.rows if is_static(row.policy))
-        return max(candidates, key=lambda row: row.inside(phase))
+        return max(self.static_rows, key=lambda row: row.inside_phase(phase))
 
     @property
     def phases(self) -> range:
@@ -83,7 +65,7 @@ class ShiftResult:
 
     @property
     def _oracle_inside(self) -> int:
-        return sum(self.oracle(phase).inside(phase) for phase in self.phases)
+        return sum(self.oracle(phase).inside_phase(phase) for phase in self.phases)
 
     def regret(self, row: ShiftRow) -> float:
         """Share of the oracle's requests that a contestant lacks; below 0 where it has more."""
@@ -95,16 +77,12 @@ def compare_shifts(settings: ContestSettings, crew: Crew, folder: Path) -> list[
     """Runs everybody through every shift, on every seed."""
     results = []
     for shift in settings.shift_scenarios():
-        lineup = settings.lineup(shift.scenario, _lineup(shift.scenario))
-        tasks = [
-            (_trial(shift, label, seed), folder) for label in lineup for seed in settings.all_seeds
-        ]
-        outcomes = crew.map(f"shifts, {shift.scenario.label}", run_one, tasks)
-        count = len(settings.all_seeds)
-        rows = tuple(
-            ShiftRow(label, tuple(outcomes[place * count : (place + 1) * count]))
-            for place, label in enumerate(lineup)
-        )
+        trials = {
+            label: [_trial(shift, label, seed) for seed in settings.all_seeds]
+            for label in settings.lineup(shift.scenario, _lineup(shift.scenario))
+        }
+        outcomes = run_all(f"shifts, {shift.scenario.label}", trials, crew, folder)
+        rows = tuple(ShiftRow(label, found) for label, found in outcomes.items())
         results.append(ShiftResult(shift.scenario, rows))
     return results
 
