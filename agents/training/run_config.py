@@ -31,6 +31,8 @@ from batchpilot.agents.training.hyperparameters import (
 from batchpilot.agents.training.recipes import ENV_IDS, EnvRecipe
 
 BASELINES = ("static", "memory+sla", "predictive")
+#: Algorithms whose policy has a mean action, which can be fitted to what is shown.
+IMITATORS = ("ppo", "sac", "tqc")
 _FILE_KEYS = ("env", "settings", "hyperparameters", "baselines")
 _FAMILIES = resources.files("batchpilot.agents.training") / "families"
 
@@ -47,6 +49,9 @@ class RunSettings(Parameters):
     eval_every: int = parameter(20_000, minimum=1, help="steps between evaluations")
     eval_episodes: int = parameter(8, minimum=1, help="episodes of each")
     checkpoint_every: int = parameter(10_000, minimum=1, help="steps between checkpoints")
+    search_episodes: int = parameter(
+        0, minimum=0, help="episodes of a search over steady actions, imitated first; 0: none"
+    )
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,25 @@ class RunConfig:
                 f"algo={self.run.algo!r} needs action_design {needed}: it "
                 + ("chooses among numbered actions" if not grid else "gives numbers")
             )
+        self._check_search()
         if self.recipe.kind == "live" and (self.run.n_envs > 1 or self.run.workers):
             raise ConfigError(
                 f"env=live takes n_envs 1 and no workers, not n_envs={self.run.n_envs} and "
                 f"workers={self.run.workers}: a machine has room for one live vLLM"
             )
+
+    def _check_search(self) -> None:
+        if not self.run.search_episodes:
+            return
+        design = self.recipe.settings.get("action_design", "residual")
+        if design != "residual" or self.run.algo not in IMITATORS or self.recipe.kind == "live":
+            raise ConfigError(
+                f"search_episodes={self.run.search_episodes} needs residual actions, "
+                f"{' or '.join(IMITATORS)}, and virtual engines, not action_design {design!r}, "
+                f"algo={self.run.algo!r} and env={self.recipe.kind!r}"
+            )
+        if self.run.search_episodes < 2:
+            raise ConfigError("search_episodes=1 must be 0 or at least 2: one tells nothing")
 
     def to_text(self) -> str:
         """YAML, which `read_run_config` reads back."""

@@ -3,6 +3,7 @@
 config.yaml          the whole configuration
 command.txt          the command lines that started it and went on with it
 environment.json     versions, hardware, git commit
+search/, search.json episodes of a search over steady actions, and what it found
 checkpoints/step-N/  the newest three, for --resume
 best/, last/         model.zip, the figures of its evaluation; best by SLO attainment
 episodes.csv         every training episode
@@ -93,6 +94,11 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The folder of a checkpoint."""
         return self.checkpoints / f"step-{step:010d}"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one to go on from."""
+        return any(self.checkpoints.glob("step-*"))
 
     def newest_checkpoint(self) -> Path:
         """The newest whole checkpoint.

@@ -24,6 +24,7 @@ from batchpilot.agents.training.progress import Progress
 from batchpilot.agents.training.recipes import build_vector
 from batchpilot.agents.training.run_config import RunConfig
 from batchpilot.agents.training.run_folder import RunFolder
+from batchpilot.agents.training.steady_search import start_from_search
 from batchpilot.agents.training.warm_start import warm_start_model
 from batchpilot.env.process import prepare_process
 
@@ -57,7 +58,7 @@ def train(
         config: Of the run; where it goes on, only its total of steps may be another.
         folder: Made already.
         progress: Hears how far it is.
-        resume: Go on from the newest checkpoint.
+        resume: Go on from the newest checkpoint, or with a search that has none yet.
         experience: Logged decisions to imitate before training starts.
 
     Raises:
@@ -68,9 +69,14 @@ def train(
         open_training(config) as (model, held_out),
         stop_on_interrupt() as stop,
     ):
-        chance = _go_on(model, folder) if resume else None
-        if experience is not None and not resume:
+        begun = resume and (folder.has_checkpoint or not config.run.search_episodes)
+        chance = _go_on(model, folder) if begun else None
+        if experience is not None and not begun:
             warm_start_model(model, experience, config, progress)
+        if config.run.search_episodes and not begun:
+            report = start_from_search(model, config, folder, progress, stop)
+            if report is None:
+                return TrainingResult(0, finished=False, best=None)
         model.set_logger(_logger(folder))
         between = BetweenRollouts(
             folder,
@@ -85,7 +91,7 @@ def train(
         left = config.run.timesteps - model.num_timesteps
         if left > 0:
             callbacks = [between, ServingMetrics(folder, progress)]
-            model.learn(left, callbacks, log_interval=1, reset_num_timesteps=not resume)
+            model.learn(left, callbacks, log_interval=1, reset_num_timesteps=not begun)
         if not between.stopped:
             between.save_now()
             between.evaluate_now()
