@@ -15,9 +15,8 @@ Limitations: what pays for a moment only is not found here. That is for the trai
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from batchpilot.agents.training.recipes import EnvRecipe, build_vector, prepare_
 from batchpilot.agents.training.run_config import RunConfig
 from batchpilot.agents.training.run_folder import RunFolder
 from batchpilot.agents.training.warm_start import Demonstrations, Floats, fit_mean_action
+from batchpilot.env.process import worker_pool
 
 #: Seeds of the episodes start here; those of training, evaluations and the gate are elsewhere.
 SEARCH_SEED = 20_000_000
@@ -153,11 +153,12 @@ def start_from_search(
     missing = {seed: path for seed, path in files.items() if not path.exists()}
     (folder.path / _FOLDER).mkdir(exist_ok=True)
     done = len(files) - len(missing)
-    for seed, tried in _try_all(list(missing), config, stop):
-        tried.save(missing[seed])
-        done += 1
-        progress(0, f"steady actions tried in {done} of {len(files)} episodes")
-    if done < len(files):
+    try:
+        for seed, tried in _try_all(list(missing), config, stop):
+            tried.save(missing[seed])
+            done += 1
+            progress(0, f"steady actions tried in {done} of {len(files)} episodes")
+    except _Stopped:
         return None
     episodes = [Tried.load(path) for path in files.values()]
     report = _imitate(model, episodes, env_parameters(config).slo_weight, config.run.seed)
@@ -177,34 +178,29 @@ def try_actions(vector: VecEnv, seed: int) -> Tried:
     return Tried([r.inside for r in results], [r.missed for r in results], seen)
 
 
+class _Stopped(Exception):
+    """Somebody asked the search to stop."""
+
+
 def _try_all(
     seeds: Sequence[int], config: RunConfig, stop: StopRequest
 ) -> Iterator[tuple[int, Tried]]:
-    """Every episode as it ends, in as many processes as there are environments; fewer if stopped.
+    """Every episode as it ends, in as many processes as there are environments.
 
     Raises:
-        BrokenProcessPool: One of them died.
+        _Stopped: Somebody asked for it.
+        BrokenProcessPool: A process died.
     """
     if not seeds:
         return
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        min(config.run.n_envs, len(seeds)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_open_worker,
-        initargs=(config.recipe,),
-    )
-    running = {pool.submit(_try_in_worker, seed): seed for seed in seeds}
-    try:
-        while running and not stop.is_set:
+    with worker_pool(min(config.run.n_envs, len(seeds)), _open_worker, config.recipe) as pool:
+        running = {pool.submit(_try_in_worker, seed): seed for seed in seeds}
+        while running:
+            if stop.is_set:
+                raise _Stopped
             ended, _ = wait(running, _LOOK_EVERY_SECONDS, FIRST_COMPLETED)
             for future in ended:
                 yield running.pop(future), future.result()
-    finally:
-        if running:  # minutes of work that nobody waits for
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
-        pool.shutdown(cancel_futures=True)
 
 
 _worker: list[VecEnv] = []

@@ -6,10 +6,8 @@ Only a virtual engine's runs are independent; live ones share the machine they m
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -31,6 +29,7 @@ from batchpilot.env.bench.sources import sources_digest
 from batchpilot.env.bench.store import RunStore, digest
 from batchpilot.env.cache import cache_folder
 from batchpilot.env.engine import Engine
+from batchpilot.env.process import worker_pool
 from batchpilot.env.profiles import load_profile
 from batchpilot.env.virtual_engine import VirtualEngine
 
@@ -119,17 +118,8 @@ def open_cells(plan: BenchPlan) -> Iterator[Cells]:
     if workers == 1:
         yield _StoredCells(store, bool(settings.fresh), plan.max_model_len, _start_here)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
-    try:
+    with worker_pool(workers) as pool:
         yield _StoredCells(store, bool(settings.fresh), plan.max_model_len, pool.submit)
-    except BaseException:
-        # Runs may have minutes left that nobody waits for.
-        for process in multiprocessing.active_children():
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown()
 
 
 @dataclass(frozen=True)
@@ -184,11 +174,6 @@ def _start_here(function: Callable[..., RunMeasurement], *args: Any) -> Future[R
     except Exception as error:
         done.set_exception(error)
     return done
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal; the parent decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _engine_settings(settings: BenchSettings) -> BenchSettings:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rich.console import Console
+
+from batchpilot.env.process import worker_pool
 
 _PROGRESS_EVERY_SECONDS = 15.0
 T = TypeVar("T")
@@ -70,19 +70,5 @@ def open_crew(workers: int, console: Console) -> Iterator[Crew]:
     if workers == 1:
         yield Crew(None, console)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
-    try:
+    with worker_pool(workers) as pool:
         yield Crew(pool.submit, console)
-    except BaseException:
-        # Runs may have minutes left that nobody waits for.
-        for process in multiprocessing.active_children():
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal; the parent decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from batchpilot.agents.limits import Decision, EngineSnapshot, StepRecord
 from batchpilot.agents.policy import LimitPolicy
-from batchpilot.agents.registry import REGISTRY_VARIABLE
 from batchpilot.agents.shield import Clamp, SafetyBounds, shield
 from batchpilot.env.bench.cells import Cell
 from batchpilot.env.bench.contestants import Contestant
@@ -26,6 +21,7 @@ from batchpilot.env.bench.results import write_whole
 from batchpilot.env.bench.runner import BenchRun, replay
 from batchpilot.env.cache import cache_folder
 from batchpilot.env.gate.settings import GateSettings, HeldOutCell
+from batchpilot.env.process import worker_pool
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ def run_gate(
     processes = min(workers or usable_cores(), len(tasks))
     if processes == 1:
         return [_told(_run_or_load(task, folder), finished) for task in tasks]
-    with _pool(processes) as pool:
+    with worker_pool(processes) as pool:
         places = {pool.submit(_run_or_load, task, folder): at for at, task in enumerate(tasks)}
         runs: dict[int, GateRun] = {}
         for future in as_completed(places):
@@ -186,30 +182,6 @@ def _run_or_load(task: GateTask, folder: Path) -> GateRun:
         run = run_task(task)
     write_whole(path, json.dumps(asdict(run)))
     return run
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that know the same registry; they end at once where something goes wrong."""
-    context = multiprocessing.get_context("spawn")
-    registry = os.environ.get(REGISTRY_VARIABLE, "")
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_prepare_worker, initargs=(registry,)
-    )
-    try:
-        yield pool
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def _prepare_worker(registry: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if registry:
-        os.environ[REGISTRY_VARIABLE] = registry
 
 
 class _Silent:
