@@ -54,6 +54,7 @@ examples:
   batchpilot train --config demo --timesteps 8192 --out results/demo-agent
   batchpilot train --resume results/run --timesteps 400000
   batchpilot train --algo qrdqn --n-envs 4 --workers 2 --timesteps 100000 --out results/grid
+  batchpilot train --config full --search-episodes 48 --timesteps 20000 --out results/searched
   batchpilot train --config demo --tune --tune-trials 8 --timesteps 4000 --out results/tuned
   batchpilot train --env live --warm-start experience/ --timesteps 2000 --out results/live
 
