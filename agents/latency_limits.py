@@ -36,6 +36,7 @@ FITS = "largest prefill within the target"
 LEAST_CHUNK = "the least chunk: the target leaves no more"
 WAITS = "prompts wait for a slow step, where many cost less"
 SLOW = "a late first token is worth a slow step"
+OUT_OF_REACH = "the target is shorter than a step of one sequence: one runs at a time"
 GIVEN_UP = "the target would cost first tokens and most of the throughput: given up until none wait"
 CATCHES_UP = "most who run had a late first token: the pace is given up until nobody waits too long"
 
@@ -108,6 +109,7 @@ class LatencyLimits:
         is_trusted: Whether it decides.
         given_up: Why the target between tokens is given up for now; None while it holds.
         largest_batch: As of the newest look.
+        is_out_of_reach: Whether not even one sequence keeps the target.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class LatencyLimits:
         self.is_trusted = False
         self.given_up: str | None = None
         self.largest_batch = 1
+        self.is_out_of_reach = False
         self._prompt_tokens = math.inf
 
     @property
@@ -171,6 +174,9 @@ class LatencyLimits:
         if self.is_trusted:
             load = self._load(snapshot)
             self.largest_batch = self._largest_batch(snapshot, load)
+            self.is_out_of_reach = (
+                self.largest_batch == 1 and self._batch_seconds(1, load) > self._target
+            )
             if snapshot.waiting and self.given_up is None and self._slow_steps is not None:
                 self._consider_giving_up(snapshot, load, self._slow_steps)
 

@@ -61,7 +61,8 @@ class EngineFacts:
         total_blocks: KV blocks that requests can use.
         block_size: Tokens per KV block.
         tokens_per_decode: Tokens one decoding sequence takes of a step: 1, more when speculating.
-        unchunked_prefill_tokens: Longest prompt that must fit one step; 0 with chunked prefill.
+        unchunked_prefill_tokens: Prompt tokens that must fit one step: the longest prompt without
+            chunked prefill, whole images where those may not be split; else 0.
         prefill_block_tokens: Tokens a prefill advances by where it must end on a block (Mamba
             layers whose state is cached); 0 where any number will do.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
-from batchpilot.agents.latency_limits import CATCHES_UP, FITS, LatencyLimits
+from batchpilot.agents.latency_limits import CATCHES_UP, FITS, OUT_OF_REACH, LatencyLimits
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import BatchLimits, Decision, EngineSnapshot, Source, StepRecord
 from batchpilot.agents.memory_peak import MemoryPeakParameters, MemoryPeakPolicy
@@ -112,7 +112,8 @@ class PredictivePolicy:
             return self._guarded(snapshot, latency.slow_start_tokens)
         reason, is_whole = PEAK, False
         if latency.largest_batch < seqs:
-            seqs, reason = max(latency.largest_batch, snapshot.running), LARGER_BATCH
+            seqs = max(latency.largest_batch, snapshot.running)
+            reason = OUT_OF_REACH if latency.is_out_of_reach else LARGER_BATCH
         decodes = snapshot.decode_seqs
         if decodes:
             prefill = latency.prefill(snapshot)
@@ -120,7 +121,7 @@ class PredictivePolicy:
             tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill.tokens)
             if not prefill.admits:
                 seqs = snapshot.running
-            if prefill.reason is not FITS:
+            if prefill.reason is not FITS and reason is not OUT_OF_REACH:
                 reason = prefill.reason
         return self._decided(seqs, tokens, reason, is_whole=is_whole)
 

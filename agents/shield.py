@@ -6,10 +6,9 @@ environment, in the service and in the hook:
     N + reserved <= max_num_seqs <= min(start-up value, operator's bound, memory bound)
     min_prefill_chunk + N * tokens_per_decode <= max_num_batched_tokens <= start-up value
 
-and with chunked prefill off the token budget never falls below the longest prompt. On hybrid models
-whose prefills must end on a block of Mamba state, a whole block takes the chunk's place where it is
-larger. Where the two sides cross, the left one wins: vLLM asserts it, and a running sequence is
-never taken out.
+With chunked prefill off the longest prompt takes the chunk's place, and on hybrid models whose
+prefills must end on a block of Mamba state a whole block, where those are larger. Where the two
+sides cross, the left one wins: vLLM asserts it, and a running sequence is never taken out.
 """
 
 from __future__ import annotations
@@ -114,9 +113,9 @@ def _clamp_tokens(
     chunk = bounds.min_prefill_chunk
     if chunk < engine.prefill_block_tokens:
         chunk = engine.prefill_block_tokens
+    if chunk < engine.unchunked_prefill_tokens:
+        chunk = engine.unchunked_prefill_tokens
     lower = chunk + snapshot.running * engine.tokens_per_decode
-    if lower < engine.unchunked_prefill_tokens:
-        lower = engine.unchunked_prefill_tokens
     if proposed > upper:
         return upper, Clamp.TOKEN_BUDGET_HIGH
     if proposed < lower:

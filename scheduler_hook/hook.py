@@ -32,6 +32,8 @@ logger = logging.getLogger("vllm.batchpilot")
 
 #: Steps after start whose time says little: kernels compile, graphs are captured, caches are cold.
 WARM_UP_STEPS = 8
+#: Nothing in flight for so long is a pause, whoever made it: what passed is no step's time.
+PAUSE_SECONDS = 1.0
 # Reading a member through its class takes longer than the comparison it is for.
 _NO_CLAMP = Clamp.NONE
 
@@ -262,7 +264,9 @@ class Hook:
             token_budget=limits.max_num_batched_tokens,
         )
         self.stats.steps[binding] += 1
-        self._in_flight.append(_StepInFlight(output, content, self._clock(), self._gap, binding))
+        now = self._clock()
+        after_gap = self._gap or (not self._in_flight and now - self._returned_at > PAUSE_SECONDS)
+        self._in_flight.append(_StepInFlight(output, content, now, after_gap, binding))
         self._gap = False
 
     def _note_returned(self, output: object) -> None:

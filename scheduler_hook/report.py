@@ -16,6 +16,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from batchpilot.agents.latency_limits import OUT_OF_REACH
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.shadow import Agreement, ShadowedPolicy
 from batchpilot.scheduler_hook.hook import Hook, HookStats
@@ -208,7 +209,7 @@ class Reporter:
         self._server: Any = None
         self._logged_steps = 0
         self._shadow = hook.policy if isinstance(hook.policy, ShadowedPolicy) else None
-        self._told_shadow_failure = False
+        self._told_shadow_failure = self._told_out_of_reach = False
         self._stop = threading.Event()
         if settings.metrics_port is not None or "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             client = None if link is None else link.client
@@ -279,6 +280,13 @@ class Reporter:
             hook.binding,
             hook.stats.preemptions,
         )
+        if decision.reason == OUT_OF_REACH and not self._told_out_of_reach:
+            self._told_out_of_reach = True
+            logger.warning(
+                "batchpilot: itl_slo_ms is out of reach here: %s; give one that a batch can keep, "
+                "or leave it out",
+                decision.reason,
+            )
         if self._shadow is not None:
             self._log_shadow(self._shadow)
 

@@ -14,6 +14,8 @@ from batchpilot.scheduler_hook.vllm_adapter import (
     SyncScheduler,
     UnsupportedEngineError,
     adapt,
+    is_diffusion,
+    stock_scheduler,
     vllm_version,
 )
 
@@ -25,7 +27,7 @@ class Scheduler:
 
     vLLM does not check that scheduler class and configuration agree, so this name picks the base:
     `AsyncScheduler` where `scheduler_config.async_scheduling` is on, the plain one where it is off,
-    and in mode `off` vLLM's own class with nothing added.
+    and in mode `off`, or for a diffusion model, vLLM's own class with nothing added.
 
     Raises:
         ConfigError: A setting that cannot be used; the server stops at start.
@@ -34,10 +36,12 @@ class Scheduler:
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Builds the scheduler that fits the configuration."""
         settings = read_settings(vllm_config.additional_config)
+        left_alone = is_diffusion(vllm_config)
+        if settings.mode == "off" or left_alone:
+            reason = "does not steer diffusion models" if left_alone else "is off"
+            logger.info("batchpilot %s: this engine runs vLLM's own scheduler", reason)
+            return stock_scheduler(vllm_config)(vllm_config, *args, **kwargs)
         is_async = vllm_config.scheduler_config.async_scheduling
-        if settings.mode == "off":
-            logger.info("batchpilot is off: this engine runs vLLM's own scheduler")
-            return (AsyncScheduler if is_async else SyncScheduler)(vllm_config, *args, **kwargs)
         steered = SteeredAsyncScheduler if is_async else SteeredSyncScheduler
         scheduler = steered(vllm_config, *args, **kwargs)
         scheduler.steer(settings)
@@ -54,7 +58,11 @@ class _Steered:
     def steer(self, settings: HookSettings) -> None:
         """Attaches the hook, or a passthrough with the reason logged."""
         try:
-            adapter = adapt(self, allow_untested=settings.allow_untested_vllm)
+            adapter = adapt(
+                self,
+                allow_untested=settings.allow_untested_vllm,
+                has_target=settings.itl_slo_ms is not None,
+            )
         except UnsupportedEngineError as error:
             self.batchpilot = Hook(None, None, passthrough_reason=str(error))
             logger.warning("batchpilot does not steer this engine: %s", error)

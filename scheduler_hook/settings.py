@@ -126,6 +126,7 @@ class HookSettings(Parameters):
             "itl_slo_ms": self.itl_slo_ms,
             "ttft_slo_ms": self.ttft_slo_ms,
             "memory_overflow_probability": self.memory_overflow_probability,
+            "min_prefill_chunk": self.min_prefill_chunk,
         }
         return PolicySpec.parse(text).build(targets)
 
@@ -148,11 +149,28 @@ def read_settings(
     if not isinstance(section, dict):
         raise ConfigError(f'additional_config["{CONFIG_KEY}"]={section!r} is not a JSON object')
     values.update(section)
+    links = _service_links(environment)
     known = {f"{ENVIRONMENT_PREFIX}{item.name.upper()}": item.name for item in fields(HookSettings)}
     for variable, text in environment.items():
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in OTHER_VARIABLES:
+            continue
+        if variable not in known and variable.startswith(links):
             continue
         if variable not in known:
             raise ConfigError(f"unknown variable {variable}; allowed: {', '.join(known)}")
         values[known[variable]] = text
     return HookSettings.from_mapping(values, where="batchpilot settings")
+
+
+def _service_links(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """How the variables begin that Kubernetes sets for each service of a pod's namespace.
+
+    For a service `batchpilot-tuner` they are BATCHPILOT_TUNER_SERVICE_HOST, BATCHPILOT_TUNER_PORT,
+    whose value is an address such as tcp://10.0.0.1:50061, and more with the same beginnings.
+    """
+    found = []
+    for variable, text in environment.items():
+        name = variable.removesuffix("_PORT")
+        if name != variable and "://" in text and f"{name}_SERVICE_HOST" in environment:
+            found += [f"{name}_PORT", f"{name}_SERVICE_HOST", f"{name}_SERVICE_PORT"]
+    return tuple(found)

@@ -18,6 +18,7 @@ In all three a limit of at least `max(1, N)` and at most the start-up value is s
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ __all__ = [
     "UnsupportedEngineError",
     "VllmAdapter",
     "adapt",
+    "is_diffusion",
+    "stock_scheduler",
     "vllm_version",
 ]
 
@@ -129,27 +132,42 @@ def era_of(version: str) -> Era | None:
     return next((era for era in ERAS if era.oldest <= release <= era.newest), None)
 
 
+def stock_scheduler(vllm_config: Any) -> Any:
+    """The class that vLLM itself would take for a configuration, were no other one named."""
+    is_async = vllm_config.scheduler_config.async_scheduling
+    if is_diffusion(vllm_config):
+        module = importlib.import_module("vllm.v1.core.sched.diffusion_scheduler")
+        return module.DiffusionAsyncScheduler if is_async else module.DiffusionScheduler
+    return AsyncScheduler if is_async else SyncScheduler
+
+
+def is_diffusion(vllm_config: Any) -> bool:
+    """Whether a configuration is of a diffusion model; releases before 0.32 know none."""
+    return getattr(vllm_config, "diffusion_config", None) is not None
+
+
 class UnsupportedEngineError(Exception):
     """This engine cannot be steered; the text says why."""
 
 
-def adapt(scheduler: Any, *, allow_untested: bool = False) -> VllmAdapter:
+def adapt(scheduler: Any, *, allow_untested: bool = False, has_target: bool = False) -> VllmAdapter:
     """The adapter of a scheduler that has just been built.
 
     Args:
         scheduler: vLLM's scheduler.
         allow_untested: Accept releases that batchpilot does not know, if their parts look right.
+        has_target: Whether a latency target is to be kept between tokens.
 
     Raises:
         UnsupportedEngineError: It cannot be steered.
     """
-    reason = _why_unsupported(scheduler, allow_untested)
+    reason = _why_unsupported(scheduler, allow_untested, has_target)
     if reason is not None:
         raise UnsupportedEngineError(reason)
     return VllmAdapter(scheduler)
 
 
-def _why_unsupported(scheduler: Any, allow_untested: bool) -> str | None:
+def _why_unsupported(scheduler: Any, allow_untested: bool, has_target: bool) -> str | None:
     era = era_of(vllm_version)
     if era is None and not allow_untested:
         return (
@@ -168,6 +186,12 @@ def _why_unsupported(scheduler: Any, allow_untested: bool) -> str | None:
         return "a diffusion model does not decode token by token"
     if not scheduler.kv_cache_config.kv_cache_groups:
         return "the model has no KV cache"
+    stages = getattr(scheduler.vllm_config.parallel_config, "pipeline_parallel_size", 1)
+    if has_target and stages > 1:
+        return (
+            f"with pipeline_parallel_size={stages} a token takes as many steps, and itl_slo_ms "
+            "would be kept for one of them; without itl_slo_ms it steers such an engine"
+        )
     return None
 
 
@@ -218,8 +242,6 @@ class VllmAdapter:
         self._block_pool = scheduler.kv_cache_manager.block_pool
         # Groups (hybrid attention) share one pool, and each token takes a block in every group.
         self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
-        config = scheduler.vllm_config
-        chunked = scheduler.scheduler_config.enable_chunked_prefill
         self.facts = EngineFacts(
             startup_limits=BatchLimits(
                 getattr(scheduler, self._limit_name), scheduler.max_num_scheduled_tokens
@@ -227,7 +249,7 @@ class VllmAdapter:
             total_blocks=max(1, self._usable_blocks() // self._groups),
             block_size=scheduler.block_size,
             tokens_per_decode=1 + scheduler.num_spec_tokens,
-            unchunked_prefill_tokens=0 if chunked else config.model_config.max_model_len,
+            unchunked_prefill_tokens=_unchunked_tokens(scheduler),
             prefill_block_tokens=scheduler.block_size if _splits_at_blocks(scheduler) else 0,
         )
         # Requests admitted and not yet finished, and those of them that still prefill.
@@ -265,7 +287,8 @@ class VllmAdapter:
     def snapshot(self, clock_seconds: float, binding: Binding) -> EngineSnapshot:
         """Reads the state a policy sees; O(1) and the prefills under way."""
         scheduler = self._scheduler
-        running, waiting = scheduler.get_request_counts()
+        running, queued = scheduler.get_request_counts()
+        paused = scheduler.num_waiting_for_streaming_input
         computed = left = 0
         if self._prefilling:
             self._forget_aborted_prefills()
@@ -274,9 +297,9 @@ class VllmAdapter:
             self.facts,
             clock_seconds,
             running,
-            waiting,
+            queued - paused if queued > paused else 0,
             min(len(self._prefilling), running),
-            scheduler.num_waiting_for_streaming_input,
+            paused,
             self.used_blocks(),
             binding,
             computed,
@@ -353,7 +376,7 @@ class VllmAdapter:
         )
         return StepContent(
             len(running),
-            scheduler.get_request_counts()[1],
+            self._waiting(),
             len(scheduled) - prefill_seqs,
             prefill_tokens,
             prefill_squares,
@@ -364,8 +387,13 @@ class VllmAdapter:
 
     def is_idle(self) -> bool:
         """Whether nothing runs and nothing waits."""
+        return not self._scheduler.running and not self._waiting()
+
+    def _waiting(self) -> int:
+        """Requests that wait for admission: vLLM queues paused streaming sessions among them."""
         scheduler = self._scheduler
-        return not scheduler.running and not any(scheduler.get_request_counts())
+        waiting = scheduler.get_request_counts()[1] - scheduler.num_waiting_for_streaming_input
+        return waiting if waiting > 0 else 0
 
     def _usable_blocks(self) -> int:
         return int(self._block_pool.num_gpu_blocks) - 1  # one is vLLM's null block
@@ -410,6 +438,20 @@ class VllmAdapter:
         for request_id in completed:
             del self._prefilling[request_id]
         return sequences, tokens, squares
+
+
+def _unchunked_tokens(scheduler: Any) -> int:
+    """Prompt tokens that must fit a step: the longest prompt where prefills are not chunked.
+
+    Where images may not be split, the start-up budget: vLLM has made sure that any fits into it,
+    and in a smaller one it would compute the rest of an image in another step.
+    """
+    config = scheduler.scheduler_config
+    if getattr(config, "disable_chunked_mm_input", False):
+        return int(scheduler.max_num_scheduled_tokens)
+    if config.enable_chunked_prefill:
+        return 0
+    return int(scheduler.vllm_config.model_config.max_model_len)
 
 
 def _splits_at_blocks(scheduler: Any) -> bool:

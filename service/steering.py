@@ -158,12 +158,13 @@ def _lease(report: pb.Report, choice: PolicyChoice, decided: ShieldedDecision) -
 
 
 def _targets(session: Session, choice: PolicyChoice) -> dict[str, float | None]:
-    """What policies share; an engine's own targets win over its group's."""
+    """What policies share; an engine's own targets win over its group's, its chunk is its own."""
     own, settings = session.targets, choice.settings
     return {
         "itl_slo_ms": own.itl_slo_ms or settings.itl_slo_ms,
         "ttft_slo_ms": own.ttft_slo_ms or settings.ttft_slo_ms,
         "memory_overflow_probability": settings.memory_overflow_probability,
+        "min_prefill_chunk": max(1, session.hello.min_prefill_chunk),
     }
 
 

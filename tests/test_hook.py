@@ -4,6 +4,7 @@ The scheduler, its KV-cache manager and its assertions are vLLM's own; only the 
 """
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 from driving import Flapping, build_core, drive, random_requests
@@ -329,3 +330,79 @@ def test_a_hybrid_model_whose_prefills_end_on_blocks_is_seen(aligned, floor, mon
     else:
         monkeypatch.setattr(core.scheduler, "need_mamba_block_aligned_split", aligned)
     assert vllm_adapter.adapt(core.scheduler).facts.prefill_block_tokens == floor
+
+
+@pytest.mark.parametrize(
+    ("chunked", "whole_images", "expected"),
+    [(True, False, 0), (False, False, 4096), (True, True, 256), (False, True, 256)],
+)
+def test_what_must_fit_one_step_keeps_the_token_budget_up(
+    chunked, whole_images, expected, monkeypatch
+):
+    from batchpilot.scheduler_hook import vllm_adapter
+
+    core = build_core(max_num_batched_tokens=256)
+    config = core.scheduler.scheduler_config
+    monkeypatch.setattr(config, "enable_chunked_prefill", chunked)
+    monkeypatch.setattr(config, "disable_chunked_mm_input", whole_images)
+    monkeypatch.setattr(core.scheduler.vllm_config.model_config, "max_model_len", 4096)
+    assert vllm_adapter.adapt(core.scheduler).facts.unchunked_prefill_tokens == expected
+
+
+def test_a_pipeline_is_steered_only_without_a_target_between_tokens(monkeypatch):
+    from batchpilot.scheduler_hook import vllm_adapter
+
+    core = build_core()
+    parallel = core.scheduler.vllm_config.parallel_config
+    monkeypatch.setattr(parallel, "pipeline_parallel_size", 2)
+    assert vllm_adapter.adapt(core.scheduler)
+    with pytest.raises(vllm_adapter.UnsupportedEngineError, match="pipeline_parallel_size=2"):
+        vllm_adapter.adapt(core.scheduler, has_target=True)
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_the_stock_scheduler_is_the_one_vllm_would_take(is_async):
+    from vllm.v1.core.sched import diffusion_scheduler
+
+    from batchpilot.scheduler_hook import vllm_adapter
+
+    scheduling = SimpleNamespace(async_scheduling=is_async)
+    plain = SimpleNamespace(scheduler_config=scheduling, diffusion_config=None)
+    older = SimpleNamespace(scheduler_config=scheduling)  # a release that knows no such models
+    expected = vllm_adapter.AsyncScheduler if is_async else vllm_adapter.SyncScheduler
+    assert vllm_adapter.stock_scheduler(plain) is vllm_adapter.stock_scheduler(older) is expected
+    diffusion = SimpleNamespace(scheduler_config=scheduling, diffusion_config=object())
+    kind = "DiffusionAsyncScheduler" if is_async else "DiffusionScheduler"
+    assert vllm_adapter.stock_scheduler(diffusion) is getattr(diffusion_scheduler, kind)
+
+
+def test_paused_streaming_sessions_do_not_wait_for_admission(monkeypatch):
+    core = build_core()
+    for request in random_requests(0, count=3):
+        core.add_request(request)
+    monkeypatch.setattr(core.scheduler, "num_waiting_for_streaming_input", 2)
+    snapshot = core.hook.snapshot()
+    assert (snapshot.waiting, snapshot.reserved_seqs) == (1, 2)
+
+
+def test_time_that_passes_with_nothing_in_flight_is_no_steps_time():
+    """As when a server is paused for a while, its sequences still in RUNNING."""
+    core = build_core(async_scheduling=False)
+    core.hook.set_policy(policy := Fixed(seqs=32))
+    clock = [0.0]
+    core.hook.set_clock(lambda: clock[0])
+
+    def step_after(pause: float) -> None:
+        clock[0] += pause
+        output = core.schedule()
+        clock[0] += 0.01
+        list(core.complete(output))
+
+    core.add_request(EngineRequest("a", [5] * 9, 60))
+    for _ in range(20):
+        step_after(0.0)
+    step_after(60.0)
+    step_after(0.0)
+    *_, before, paused, after = policy.records
+    assert [record.regular for record in (before, paused, after)] == [True, False, True]
+    assert paused.seconds == pytest.approx(0.01)

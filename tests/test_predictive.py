@@ -15,6 +15,7 @@ from batchpilot.agents.latency_limits import (
     CHECK_STEPS,
     GIVEN_UP,
     LEAST_CHUNK,
+    OUT_OF_REACH,
     SLOW,
     LatencyLimits,
 )
@@ -207,6 +208,16 @@ def test_where_the_target_leaves_nothing_the_least_chunk_goes_on_and_the_reason_
     assert decision.limits.max_num_batched_tokens == 200 + 64
     assert decision.limits.max_num_seqs == 200
     assert decision.reason == LEAST_CHUNK
+
+
+def test_a_target_that_one_sequence_cannot_keep_is_named_as_such():
+    unloaded_ms = 1e3 * SECONDS(1, 0, 500)
+    policy = taught(itl_slo_ms=unloaded_ms / 2)
+    for _ in range(20):  # until it has looked
+        decision = policy.decide(snapshot(1, waiting=5))
+    assert decision.limits.max_num_seqs == 1
+    assert decision.reason == OUT_OF_REACH
+    assert taught().decide(snapshot(1, waiting=5)).reason != OUT_OF_REACH
 
 
 def test_while_nobody_decodes_prefill_is_not_limited():

@@ -3,13 +3,16 @@
 import logging
 import socket
 import urllib.request
+from dataclasses import replace
 
 import pytest
 from driving import build_core, drive, random_requests
 from prometheus_client import generate_latest
 
 from batchpilot.agents.catalog import PolicySpec
+from batchpilot.agents.latency_limits import OUT_OF_REACH
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.scheduler_hook import report
 from batchpilot.scheduler_hook.report import COUNTERS, GAUGES, Metrics, Reporter
 from batchpilot.scheduler_hook.settings import HookSettings
 
@@ -93,3 +96,17 @@ def test_one_line_says_what_is_going_on_and_an_idle_engine_says_nothing(core, ca
     assert "memory wants" in first
     assert f"{core.hook.stats.preemptions} preemptions so far" in first
     assert caplog.text == first
+
+
+def test_a_target_out_of_reach_is_told_once(core, monkeypatch):
+    drive(core, random_requests(0))
+    told = []
+    monkeypatch.setattr(report.logger, "warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(core.hook, "decision", replace(core.hook.decision, reason=OUT_OF_REACH))
+    reporter = Reporter(core.hook, core.hook._adapter, HookSettings())
+    for _ in range(2):
+        reporter._logged_steps = -1
+        reporter._log()
+    reporter.close()
+    (text,) = told
+    assert "itl_slo_ms is out of reach here" in text

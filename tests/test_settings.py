@@ -45,6 +45,30 @@ def test_variables_of_other_parts_are_left_alone():
     assert read(BATCHPILOT_CACHE="somewhere") == HookSettings()
 
 
+SERVICE_LINKS = {
+    "BATCHPILOT_TUNER_SERVICE_HOST": "10.0.0.7",
+    "BATCHPILOT_TUNER_SERVICE_PORT": "50061",
+    "BATCHPILOT_TUNER_SERVICE_PORT_GRPC": "50061",
+    "BATCHPILOT_TUNER_PORT": "tcp://10.0.0.7:50061",
+    "BATCHPILOT_TUNER_PORT_50061_TCP": "tcp://10.0.0.7:50061",
+    "BATCHPILOT_TUNER_PORT_50061_TCP_ADDR": "10.0.0.7",
+}
+
+
+@pytest.mark.parametrize("service", ["BATCHPILOT_TUNER", "BATCHPILOT"])
+def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_setting(service):
+    links = {k.replace("BATCHPILOT_TUNER", service): text for k, text in SERVICE_LINKS.items()}
+    settings = read(**links, BATCHPILOT_METRICS_PORT="9000", BATCHPILOT_SERVICE_GROUP="chat")
+    assert settings == HookSettings(metrics_port=9000, service_group="chat")
+    with pytest.raises(ConfigError, match="unknown variable BATCHPILOT_METRIC_PORT"):
+        read(**links, BATCHPILOT_METRIC_PORT="9000")
+
+
+def test_the_least_chunk_reaches_the_policy():
+    policy = read({"itl_slo_ms": 40, "min_prefill_chunk": 512}).build_policy()
+    assert policy._latency.slow_start_tokens == 512
+
+
 def test_off_needs_no_valid_policy():
     assert read({"mode": "off", "policy": "sla"}).mode == "off"
 
