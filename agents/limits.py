@@ -120,6 +120,9 @@ class EngineSnapshot(NamedTuple):
         prompt_left: Tokens still to compute of it; 0 where none is, or nobody knows.
         read_running: Reads every running sequence; O(N), call it only when an admission is at hand.
         read_waiting: Reads up to `count` next waiting requests in queue order; may return fewer.
+        prompts_done: Prompts that have been scheduled to their end since the start, so that a
+            request that is gone can be told from one that had its first token; None where nobody
+            knows.
     """
 
     engine: EngineFacts
@@ -134,6 +137,7 @@ class EngineSnapshot(NamedTuple):
     prompt_left: int = 0
     read_running: Callable[[], Sequence[SequenceState]] = _none_running
     read_waiting: Callable[[int], Sequence[SequenceState]] = _none_waiting
+    prompts_done: int | None = None
 
     @property
     def decode_seqs(self) -> int:

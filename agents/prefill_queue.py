@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from itertools import islice
 
@@ -37,7 +38,8 @@ class PrefillQueue:
 
     Limitations: a prompt that the prefix cache holds is taken to be computed whole, and a priority
     queue to be in order of arrival: both make it expect a first token later than it comes. A
-    preempted request counts as one that never had a token, if it is known at all.
+    preempted request counts as one that never had a token, if it is known at all. Of those who
+    leave without one nobody says which they were: the oldest are taken to have gone.
 
     Attributes:
         target_seconds: For the time to the first token.
@@ -55,6 +57,7 @@ class PrefillQueue:
         self.target_seconds = target_seconds
         self._pending: deque[_Pending] = deque()
         self._step_seconds = 0.0
+        self._prompts_done = 0
         self.backlog_tokens = self.first_tokens = self.late_first_tokens = 0
 
     def observe(self, step: StepRecord) -> None:
@@ -75,12 +78,15 @@ class PrefillQueue:
                 break
 
     def update(self, snapshot: EngineSnapshot) -> None:
-        """Forgets those that have had their first token, and stamps those that are new."""
+        """Forgets those that have had their first token or went, and stamps those that are new."""
         pending, now = self._pending, snapshot.clock_seconds
         earliest = now - self._step_seconds
-        for _ in range(len(pending) - snapshot.waiting - snapshot.prefill_seqs):
+        given = self._given_since(snapshot.prompts_done)
+        for number in range(len(pending) - snapshot.waiting - snapshot.prefill_seqs):
             request = pending.popleft()
             self.backlog_tokens -= request.left
+            if number >= given:
+                continue
             self.first_tokens += 1
             if request.since is not None and now - request.since > self.target_seconds:
                 self.late_first_tokens += 1
@@ -88,6 +94,14 @@ class PrefillQueue:
             if request.since is not None:
                 break
             request.since = earliest
+
+    def _given_since(self, prompts_done: int | None) -> float:
+        """First tokens since the last look; any number where nobody counts them."""
+        if prompts_done is None:
+            return math.inf
+        given = prompts_done - self._prompts_done
+        self._prompts_done = prompts_done
+        return given
 
     def whole_prompts(self, most: int) -> int:
         """Tokens of the oldest prompts, as many as fit whole into `most`; `most` if none does."""

@@ -256,7 +256,7 @@ class VllmAdapter:
         self._admitted: dict[str, Any] = {}
         self._prefilling: dict[str, Any] = {}
         self._running_before = 0
-        self._preempted_since = 0
+        self._preempted_since = self._prompts_done = 0
         self._all_blocks = self._usable_blocks()
         self._whole: dict[Any, bool] = {}
         # Bound once, not in each snapshot.
@@ -306,6 +306,7 @@ class VllmAdapter:
             left,
             self._read_running,
             self._read_waiting,
+            self._prompts_done,
         )
 
     def _forget_aborted_prefills(self) -> None:
@@ -437,6 +438,7 @@ class VllmAdapter:
                 completed.append(request_id)
         for request_id in completed:
             del self._prefilling[request_id]
+        self._prompts_done += len(completed)
         return sequences, tokens, squares
 
 

@@ -143,6 +143,21 @@ def test_an_aborted_request_is_reported_as_cut_short():
     assert len(run.finished) == 9
 
 
+def test_prompts_are_counted_as_done_and_those_that_went_are_not():
+    core = build_core(async_scheduling=False, max_num_seqs=4)
+    for number in range(10):
+        core.add_request(EngineRequest(f"r{number}", [5] * 9, 5))
+    assert core.hook.snapshot().prompts_done == 0
+    list(core.complete(core.schedule()))
+    assert core.hook.snapshot().prompts_done == 4
+    for number in range(6, 10):
+        core.abort_request(f"r{number}")
+    snapshot = core.hook.snapshot()
+    assert (snapshot.waiting, snapshot.prompts_done) == (2, 4)
+    drive(core, [])
+    assert core.hook.snapshot().prompts_done == 6
+
+
 @SCHEDULING
 def test_a_prompt_that_is_aborted_half_way_counts_neither_as_prefill_nor_as_running(
     async_scheduling,

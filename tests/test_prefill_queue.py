@@ -51,6 +51,15 @@ def test_first_tokens_are_counted_and_those_that_came_too_late():
     assert (waiting.first_tokens, waiting.late_first_tokens) == (3, 2)
 
 
+def test_who_leaves_without_a_token_had_none():
+    waiting = queue(*[1000] * 6)
+    waiting.update(snapshot(1.1, 5)._replace(prompts_done=1))
+    assert (waiting.first_tokens, waiting.late_first_tokens) == (1, 1)
+    waiting.update(snapshot(1.2, 1)._replace(prompts_done=2))  # three clients gave up meanwhile
+    assert (waiting.first_tokens, waiting.late_first_tokens) == (2, 2)
+    assert waiting.backlog_tokens == 1000
+
+
 def test_work_that_waits_is_tokens_and_what_they_attend_to():
     assert queue(1000, 500).backlog_work(0.0) == 1500
     assert queue(1000, 500).backlog_work(1e-3) == pytest.approx(1000 + 1000 + 500 + 250)
