@@ -57,7 +57,8 @@ class PrefillQueue:
         self.target_seconds = target_seconds
         self._pending: deque[_Pending] = deque()
         self._step_seconds = 0.0
-        self._prompts_done = 0
+        self._prompts_done: int | None = None
+        self._uncounted = 0.0
         self.backlog_tokens = self.first_tokens = self.late_first_tokens = 0
 
     def observe(self, step: StepRecord) -> None:
@@ -81,12 +82,13 @@ class PrefillQueue:
         """Forgets those that have had their first token or went, and stamps those that are new."""
         pending, now = self._pending, snapshot.clock_seconds
         earliest = now - self._step_seconds
-        given = self._given_since(snapshot.prompts_done)
-        for number in range(len(pending) - snapshot.waiting - snapshot.prefill_seqs):
+        self._count_done(snapshot.prompts_done)
+        for _ in range(len(pending) - snapshot.waiting - snapshot.prefill_seqs):
             request = pending.popleft()
             self.backlog_tokens -= request.left
-            if number >= given:
+            if not self._uncounted:
                 continue
+            self._uncounted -= 1
             self.first_tokens += 1
             if request.since is not None and now - request.since > self.target_seconds:
                 self.late_first_tokens += 1
@@ -95,13 +97,17 @@ class PrefillQueue:
                 break
             request.since = earliest
 
-    def _given_since(self, prompts_done: int | None) -> float:
-        """First tokens since the last look; any number where nobody counts them."""
+    def _count_done(self, prompts_done: int | None) -> None:
+        """First tokens may be counted up to the prompts done; any number where nobody knows those.
+
+        An arrival is told of once its step is back, but waits at once: until then a prompt that is
+        done hides behind it.
+        """
         if prompts_done is None:
-            return math.inf
-        given = prompts_done - self._prompts_done
+            self._uncounted = math.inf
+        elif self._prompts_done is not None:
+            self._uncounted += prompts_done - self._prompts_done
         self._prompts_done = prompts_done
-        return given
 
     def whole_prompts(self, most: int) -> int:
         """Tokens of the oldest prompts, as many as fit whole into `most`; `most` if none does."""

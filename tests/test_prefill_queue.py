@@ -52,12 +52,25 @@ def test_first_tokens_are_counted_and_those_that_came_too_late():
 
 
 def test_who_leaves_without_a_token_had_none():
-    waiting = queue(*[1000] * 6)
+    waiting = PrefillQueue(1.0)
+    waiting.observe(step(arrived=[1000] * 6))
+    waiting.update(snapshot(0.02, 6)._replace(prompts_done=0))
     waiting.update(snapshot(1.1, 5)._replace(prompts_done=1))
     assert (waiting.first_tokens, waiting.late_first_tokens) == (1, 1)
     waiting.update(snapshot(1.2, 1)._replace(prompts_done=2))  # three clients gave up meanwhile
     assert (waiting.first_tokens, waiting.late_first_tokens) == (2, 2)
     assert waiting.backlog_tokens == 1000
+
+
+def test_a_prompt_that_is_done_while_others_come_is_counted_once_they_are_told_of():
+    waiting = PrefillQueue(1.0)
+    waiting.observe(step(arrived=[1000]))
+    waiting.update(snapshot(0.02, 1)._replace(prompts_done=0))
+    waiting.update(snapshot(0.04, 1)._replace(prompts_done=1))  # another has come meanwhile
+    assert waiting.first_tokens == 0
+    waiting.observe(step(arrived=[1000]))
+    waiting.update(snapshot(0.06, 1)._replace(prompts_done=1))
+    assert waiting.first_tokens == 1
 
 
 def test_work_that_waits_is_tokens_and_what_they_attend_to():
