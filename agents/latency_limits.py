@@ -8,6 +8,7 @@ from typing import NamedTuple
 from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.lengths import LengthEstimator
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
+from batchpilot.agents.prefix_hits import PrefixHits
 from batchpilot.agents.slow_steps import SlowSteps
 from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
 
@@ -58,16 +59,29 @@ class Prefill(NamedTuple):
 
 
 class _Load(NamedTuple):
-    """What a sequence brings on average, in tokens: of its KV cache, prompt and output."""
+    """What a sequence brings on average, in tokens.
+
+    Attributes:
+        context: Of the KV cache, where what sequences share counts once.
+        prompt: To compute of its prompt.
+        cached: Of its prompt, that need not be computed.
+        output: To generate.
+    """
 
     context: float
     prompt: float
+    cached: float
     output: float
 
     @property
     def prompt_share(self) -> float:
-        """Prompt tokens for each token of output."""
+        """Prompt tokens computed for each token of output."""
         return self.prompt / self.output
+
+    @property
+    def prompts(self) -> PromptsAhead:
+        """Whole ones."""
+        return PromptsAhead(length=self.prompt + self.cached, cached=self.cached)
 
 
 class LatencyLimits:
@@ -77,14 +91,16 @@ class LatencyLimits:
     D decodes about to run and K tokens in the cache:
 
         prefill = max(chunk, largest P with t(D, P, K, S) <= tau / (1 + 2 u sigma))
-        largest batch = largest b with t(b, min(chunk, b E[in] / E[out]), b kappa)
+        largest batch = largest b with t(b, min(chunk, b p / E[out]), b kappa)
             <= tau / (1 + min(2 u sigma, `MOST_BATCH_MARGIN`))
 
     where S follows from P, from where the oldest prompt stands, and from E[in]: later chunks of a
     long prompt attend to more, and take longer;
-    where b E[in] / E[out] is the prefill of a step in balance, each prompt spread over its output,
-    and kappa = E[in] + E[out^2] / (2 E[out]) is the context a sequence holds on average over its
-    life. While prompts wait for each other, most steps have none in them, and the largest batch is
+    where p is what of the mean prompt E[in] must be computed, the rest being cached, and b p /
+    E[out] is the prefill of a step in balance, each prompt spread over its output;
+    and kappa = h (E[in] + E[out^2] / (2 E[out])) is the context a sequence holds on average over
+    its life, h <= 1 being the KV tokens held for each token of context: sequences share prefixes.
+    While prompts wait for each other, most steps have none in them, and the largest batch is
     that whose mean step, given below, is within its time. While nobody decodes, nobody waits for a
     token, and prefill is not limited.
 
@@ -98,7 +114,7 @@ class LatencyLimits:
 
         b / ((1 - m) t(b, 0, b kappa) + m t(b, P, b kappa))
 
-    tokens a second, with P the greater of E[in] and b E[in] / E[out], and m = min(1, b / E[out])
+    tokens a second, with P the greater of p and b p / E[out], and m = min(1, b / E[out])
     the share of steps that have a prompt in them.
 
     Before the model is trusted, prefill starts slowly: from the least chunk it doubles while the
@@ -126,6 +142,8 @@ class LatencyLimits:
         self._late_gaps = LateGapBudget(itl_slo_seconds)
         self._steps_to_check = 0
         self.step_time = StepTimeEstimator()
+        self._hits = PrefixHits()
+        self._held_share = 1.0
         self._slow_steps: SlowSteps | None = None
         if ttft_slo_seconds is not None:
             self._slow_steps = SlowSteps(
@@ -133,6 +151,7 @@ class LatencyLimits:
                 ttft_slo_seconds,
                 self._late_gaps,
                 self.step_time,
+                self._hits,
                 min_prefill_chunk,
             )
         self.is_trusted = False
@@ -149,6 +168,7 @@ class LatencyLimits:
     def observe(self, step: StepRecord) -> None:
         """Learns the step's time, and what it spent."""
         self.step_time.observe(step)
+        self._hits.observe(step)
         keeps_pace = self.given_up is None
         if keeps_pace:
             self._late_gaps.observe(step)
@@ -157,11 +177,16 @@ class LatencyLimits:
         if not self.is_trusted and step.regular:
             self._start_slowly(step)
 
-    def check(self, snapshot: EngineSnapshot) -> None:
+    def check(self, snapshot: EngineSnapshot, held_share: float = 1.0) -> None:
         """Now and then: whether the model can be trusted, and how large a batch it allows.
 
         Call it before each step: it also keeps up with who still waits for a first token.
+
+        Args:
+            snapshot: Before the step.
+            held_share: KV tokens held for each token of context, at most 1.
         """
+        self._held_share = held_share
         if self._slow_steps is not None:
             self._slow_steps.update(snapshot)
             if self.given_up is not None and self._holds_again(snapshot, self._slow_steps):
@@ -216,7 +241,9 @@ class LatencyLimits:
 
     def _prompts(self, snapshot: EngineSnapshot) -> PromptsAhead:
         """Those of the next step: what is left of the oldest, then some of mean length."""
-        return PromptsAhead(snapshot.prompt_computed, snapshot.prompt_left, self._prompt_tokens)
+        length = self._prompt_tokens
+        cached = self._hits.share * length if length < math.inf else 0.0
+        return PromptsAhead(snapshot.prompt_computed, snapshot.prompt_left, length, cached)
 
     def _margin(self) -> float:
         """How far below the target to aim: further, the more gaps were late lately."""
@@ -255,12 +282,14 @@ class LatencyLimits:
         context = snapshot.used_blocks * snapshot.engine.block_size / snapshot.running
         lengths = self._lengths.latest
         if lengths is None:
-            return _Load(context, math.inf, 1.0)
+            return _Load(context, math.inf, 0.0, 1.0)
         self._prompt_tokens = lengths.prompt_mean
         if self._slow_steps is not None:
             self._slow_steps.set_life(lengths.mean)
         grown = (lengths.variance + lengths.mean**2) / (2 * lengths.mean)
-        return _Load(max(context, lengths.prompt_mean + grown), lengths.prompt_mean, lengths.mean)
+        whole_life = self._held_share * (lengths.prompt_mean + grown)
+        cached = self._hits.share * lengths.prompt_mean
+        return _Load(max(context, whole_life), lengths.prompt_mean - cached, cached, lengths.mean)
 
     def _largest_batch(self, snapshot: EngineSnapshot, load: _Load) -> int:
         """The largest b whose step, with the prefill that b sequences bring, is within the time."""
@@ -295,6 +324,5 @@ class LatencyLimits:
         prefill = int(max(load.prompt, batch * load.prompt_share))
         kv_tokens = int(batch * load.context)
         mixed = min(batch / load.output, 1.0)
-        prompts = PromptsAhead(length=load.prompt)
-        seconds = mixed * self.step_time.predict(batch, prefill, kv_tokens, prompts)
+        seconds = mixed * self.step_time.predict(batch, prefill, kv_tokens, load.prompts)
         return seconds + (1 - mixed) * self.step_time.predict(batch, 0, kv_tokens)

@@ -184,6 +184,8 @@ class StepRecord(NamedTuple):
         prefill_squares: What its prompts' tokens attended to: over the prompts, each computed from
             its token `start` to its token `end`, the sum of end^2 - start^2. 0 beside prompt tokens
             where nobody knows.
+        cached_tokens: Prompt tokens that the requests it admitted for the first time found in the
+            prefix cache, or had from elsewhere: they are not computed.
     """
 
     seconds: float
@@ -198,6 +200,7 @@ class StepRecord(NamedTuple):
     binding: Binding = Binding.NONE
     regular: bool = True
     prefill_squares: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,10 @@ class MemoryPeakPolicy:
     prompt, and looks again once they are in or after `recheck_steps`; a shut door is tried again
     when a sequence ends, no more often than every N / 32 steps. One that ends in between makes no
     room, and a preemption takes the grant back.
+
+    Attributes:
+        held_share: KV tokens held for each token of context of those that run, at most 1, as of the
+            newest look: prefixes that sequences share are held once.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class MemoryPeakPolicy:
         self._guesses = True
         self._steps_since_look = params.recheck_steps
         self._must_look = True
+        self.held_share = 1.0
 
     def observe(self, step: StepRecord) -> None:
         """Counts arrivals and completions; a preemption shuts the door until the next look."""
@@ -161,6 +166,7 @@ class MemoryPeakPolicy:
         tokens_in_blocks = snapshot.used_blocks * snapshot.engine.block_size
         computed = float(computed_now.sum())
         scale = tokens_in_blocks / computed if computed and tokens_in_blocks else 1.0
+        self.held_share = min(scale, 1.0)
         return admissible(
             # What each holds once its prompt is in.
             Growing((computed_now + left) * scale, ages),

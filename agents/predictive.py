@@ -104,7 +104,7 @@ class PredictivePolicy:
         seqs, tokens = memory.limits.max_num_seqs, memory.limits.max_num_batched_tokens
         if latency is None:
             return self._decided(seqs, tokens, memory.reason)
-        latency.check(snapshot)
+        latency.check(snapshot, self._memory.held_share)
         given_up = latency.given_up
         if given_up is not None:
             return self._decided(seqs, tokens, given_up, is_whole=given_up is CATCHES_UP)

@@ -7,13 +7,14 @@ from collections import deque
 from itertools import islice
 
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
+from batchpilot.agents.prefix_hits import PrefixHits
 
 #: Requests looked at in one step; further ones are looked at once they are nearer to their turn.
 LOOKED_AT = 32
 
 
 class _Pending:
-    """A request without its first token: when it was first seen, and prompt tokens still to do."""
+    """A request without its first token: when it was first seen, and prompt tokens not yet done."""
 
     __slots__ = ("left", "prompt_tokens", "since")
 
@@ -21,10 +22,17 @@ class _Pending:
         self.since: float | None = None
         self.prompt_tokens = self.left = prompt_tokens
 
-    def work(self, attention: float) -> float:
-        """Tokens still to compute, and what they attend to in as many tokens as take as long."""
-        begun = self.prompt_tokens - self.left
-        return self.left * (1 + attention * (self.left + 2 * begun))
+    def to_compute(self, cached_share: float) -> int:
+        """Tokens it is expected to compute: all that are left, once it has begun."""
+        if self.left < self.prompt_tokens:
+            return self.left
+        return self.left - int(cached_share * self.left)
+
+    def work(self, attention: float, cached_share: float) -> float:
+        """Those tokens, and what they attend to in as many tokens as take as long."""
+        left = self.to_compute(cached_share)
+        begun = self.prompt_tokens - left
+        return left * (1 + attention * (left + 2 * begun))
 
 
 class PrefillQueue:
@@ -36,47 +44,63 @@ class PrefillQueue:
     An engine takes requests in between two steps: each is taken to have come when the step began
     after which it was first seen, the earliest it can have.
 
-    Limitations: a prompt that the prefix cache holds is taken to be computed whole, and a priority
-    queue to be in order of arrival: both make it expect a first token later than it comes. A
-    preempted request counts as one that never had a token, if it is known at all. Of those who
-    leave without one nobody says which they were: the oldest are taken to have gone.
+    Limitations: a prompt that has not begun is expected to be cached as far as others were. A
+    priority queue is taken to be in order of arrival, which makes it expect a first token later
+    than it comes. A preempted request counts as one that never had a token, if it is known at all.
+    Of those who leave without one nobody says which they were: the oldest are taken to have gone.
 
     Attributes:
         target_seconds: For the time to the first token.
-        backlog_tokens: Prompt tokens still to compute.
         first_tokens: Requests that have had theirs.
         late_first_tokens: Those of them that had it after the target.
     """
 
-    def __init__(self, target_seconds: float) -> None:
+    def __init__(self, target_seconds: float, hits: PrefixHits | None = None) -> None:
         """Starts empty.
 
         Args:
             target_seconds: For the time to the first token.
+            hits: Of the prefix cache; its owner shows it the steps. None: nothing is ever cached.
         """
         self.target_seconds = target_seconds
+        self._hits = hits or PrefixHits()
         self._pending: deque[_Pending] = deque()
         self._step_seconds = 0.0
         self._prompts_done: int | None = None
         self._uncounted = 0.0
-        self.backlog_tokens = self.first_tokens = self.late_first_tokens = 0
+        self._begun_tokens = self._untouched_tokens = 0
+        self.first_tokens = self.late_first_tokens = 0
+
+    @property
+    def backlog_tokens(self) -> int:
+        """Prompt tokens still to compute."""
+        untouched = self._untouched_tokens
+        return self._begun_tokens + untouched - int(self._hits.share * untouched)
 
     def observe(self, step: StepRecord) -> None:
-        """Takes in arrivals, and gives the oldest the prompt tokens that were computed."""
+        """Takes in arrivals, and gives the oldest what was computed or found in the cache."""
         self._step_seconds = step.seconds
         for prompt_tokens in step.arrived:
             self._pending.append(_Pending(prompt_tokens))
-            self.backlog_tokens += prompt_tokens
-        computed = step.prefill_tokens
-        if not computed:
+            self._untouched_tokens += prompt_tokens
+        done = step.prefill_tokens + step.cached_tokens
+        if not done:
             return
         for request in self._pending:
-            taken = min(computed, request.left)
+            self._forget(request)
+            taken = min(done, request.left)
             request.left -= taken
-            self.backlog_tokens -= taken
-            computed -= taken
-            if not computed:
+            self._begun_tokens += request.left
+            done -= taken
+            if not done:
                 break
+
+    def _forget(self, request: _Pending) -> None:
+        """Takes what is left of a request out of the sums."""
+        if request.left < request.prompt_tokens:
+            self._begun_tokens -= request.left
+        else:
+            self._untouched_tokens -= request.left
 
     def update(self, snapshot: EngineSnapshot) -> None:
         """Forgets those that have had their first token or went, and stamps those that are new."""
@@ -85,7 +109,7 @@ class PrefillQueue:
         self._count_done(snapshot.prompts_done)
         for _ in range(len(pending) - snapshot.waiting - snapshot.prefill_seqs):
             request = pending.popleft()
-            self.backlog_tokens -= request.left
+            self._forget(request)
             if not self._uncounted:
                 continue
             self._uncounted -= 1
@@ -111,11 +135,12 @@ class PrefillQueue:
 
     def whole_prompts(self, most: int) -> int:
         """Tokens of the oldest prompts, as many as fit whole into `most`; `most` if none does."""
-        whole = 0
+        whole, share = 0, self._hits.share
         for request in islice(self._pending, LOOKED_AT):
-            if whole + request.left > most:
+            tokens = request.to_compute(share)
+            if whole + tokens > most:
                 break
-            whole += request.left
+            whole += tokens
         return whole or most
 
     def backlog_work(self, attention: float) -> float:
@@ -124,10 +149,10 @@ class PrefillQueue:
         Args:
             attention: As in `pace_needed`.
         """
-        work, tokens = 0.0, 0
+        work, tokens, share = 0.0, 0, self._hits.share
         for request in islice(self._pending, LOOKED_AT):
-            work += request.work(attention)
-            tokens += request.left
+            work += request.work(attention, share)
+            tokens += request.to_compute(share)
         return work * self.backlog_tokens / tokens if tokens else 0.0
 
     def oldest_wait(self, now: float) -> float:
@@ -148,10 +173,10 @@ class PrefillQueue:
             at_most: The fastest pace; who would need more is given up.
             attention: Tokens that take as long as one of the squares of `PromptsAhead`.
         """
-        planned = share * self.target_seconds
+        planned, cached_share = share * self.target_seconds, self._hits.share
         ahead = needed = 0.0
         for request in islice(self._pending, LOOKED_AT):
-            ahead += request.work(attention)
+            ahead += request.work(attention, cached_share)
             since = now if request.since is None else request.since
             left = planned - (now - since)
             if needed * left < ahead < at_most * left:

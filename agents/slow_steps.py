@@ -8,6 +8,7 @@ from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
 from batchpilot.agents.pace import MeanPace
 from batchpilot.agents.prefill_queue import PrefillQueue
+from batchpilot.agents.prefix_hits import PrefixHits
 from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
 
 #: A slow step takes so many times what others aim at. Few long ones make fewer gaps late than many
@@ -48,6 +49,7 @@ class SlowSteps:
         ttft_slo_seconds: float,
         late_gaps: LateGapBudget,
         step_time: StepTimeEstimator,
+        hits: PrefixHits,
         least_chunk: int,
     ) -> None:
         """Starts with nobody waiting and nothing to spend.
@@ -57,9 +59,10 @@ class SlowSteps:
             ttft_slo_seconds: Target for the first one.
             late_gaps: What may be late; its owner shows it the steps.
             step_time: Learned elsewhere.
+            hits: Of the prefix cache, learned elsewhere.
             least_chunk: Prompt tokens that a usual step has even where the target leaves fewer.
         """
-        self.queue = PrefillQueue(ttft_slo_seconds)
+        self.queue = PrefillQueue(ttft_slo_seconds, hits)
         self.catch_up = CatchUp(self.queue, step_time)
         self._late_gaps = late_gaps
         self._step_time = step_time

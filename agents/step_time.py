@@ -86,11 +86,13 @@ class PromptsAhead(NamedTuple):
         computed: Tokens of the first that are computed.
         left: Tokens of it still to compute; 0 where none is under way.
         length: Tokens of each that follows.
+        cached: Those of them that the prefix cache holds.
     """
 
     computed: int = 0
     left: int = 0
     length: float = math.inf
+    cached: float = 0.0
 
     def squares(self, tokens: int) -> float:
         """S of `StepTimeForm` for so many of their tokens.
@@ -100,14 +102,15 @@ class PromptsAhead(NamedTuple):
         """
         first = min(tokens, self.left)
         rest = tokens - first
-        return first * (first + 2 * self.computed) + rest * min(rest, self.length)
+        attended = min(rest + 2 * self.cached, self.length + self.cached)
+        return first * (first + 2 * self.computed) + rest * attended
 
     def stretches(self) -> tuple[tuple[float, float, bool], ...]:
         """Where `squares` has which form: its tokens, slope at the start, and whether it bends."""
         return (
             (self.left, 2.0 * self.computed, True),
-            (self.length, 0.0, True),
-            (math.inf, self.length, False),
+            (self.length - self.cached, 2.0 * self.cached, True),
+            (math.inf, self.length + self.cached, False),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,13 +17,27 @@ from batchpilot.env.specs import Kind
 from batchpilot.env.traces import bundled_traces, read_lengths
 
 SHAREGPT = "sharegpt-lengths"
+SYSTEM_PROMPT_HELP = "tokens that all prompts begin with, before their own"
 
 
 class Lengths(NamedTuple):
-    """How long one request is, in tokens."""
+    """How long one request is, in tokens.
+
+    Attributes:
+        prompt_tokens: Its prompt.
+        output_tokens: Its output.
+        shared_prefix_tokens: How much of the prompt, from its start, all others have too.
+    """
 
     prompt_tokens: int
     output_tokens: int
+    shared_prefix_tokens: int = 0
+
+    def after(self, system_prompt: int) -> Lengths:
+        """The same behind so many tokens that all share."""
+        if not system_prompt:
+            return self
+        return Lengths(system_prompt + self.prompt_tokens, self.output_tokens, system_prompt)
 
 
 class LengthDistribution(Protocol):
@@ -46,6 +60,7 @@ class FixedParameters(Parameters):
 
     prompt_tokens: int = parameter(minimum=1, help="tokens of every prompt")
     output_tokens: int = parameter(minimum=1, help="tokens of every output")
+    system_prompt: int = parameter(0, minimum=0, help=SYSTEM_PROMPT_HELP)
 
 
 class FixedLengths:
@@ -53,7 +68,8 @@ class FixedLengths:
 
     def __init__(self, params: FixedParameters) -> None:
         """Keeps the pair."""
-        self._lengths = Lengths(params.prompt_tokens, params.output_tokens)
+        lengths = Lengths(params.prompt_tokens, params.output_tokens)
+        self._lengths = lengths.after(params.system_prompt)
 
     def draw(
         self, rng: np.random.Generator, arrival_seconds: npt.NDArray[np.float64]
@@ -72,6 +88,7 @@ class LognormalParameters(Parameters):
     output_sigma: float = parameter(0.7, minimum=0, help="spread of the log of output lengths")
     prompt_max: int = parameter(1024, minimum=1, help="longer prompts are cut to this")
     output_max: int = parameter(1024, minimum=1, help="longer outputs are cut to this")
+    system_prompt: int = parameter(0, minimum=0, help=SYSTEM_PROMPT_HELP)
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,8 @@ class LognormalLengths:
         p, count = self._params, len(arrival_seconds)
         prompts = _lognormal_tokens(rng, count, p.prompt_mean, p.prompt_sigma, p.prompt_max)
         outputs = _lognormal_tokens(rng, count, p.output_mean, p.output_sigma, p.output_max)
-        return [Lengths(*pair) for pair in zip(prompts, outputs, strict=True)]
+        pairs = zip(prompts, outputs, strict=True)
+        return [Lengths(*pair).after(p.system_prompt) for pair in pairs]
 
 
 def _lognormal_tokens(
@@ -121,6 +139,7 @@ class EmpiricalParameters(Parameters):
     path: str = parameter(help="a .csv file, or a trace that comes with batchpilot")
     prompt_max: int | None = parameter(None, minimum=1, help="longer prompts are cut to this")
     output_max: int | None = parameter(None, minimum=1, help="longer outputs are cut to this")
+    system_prompt: int = parameter(0, minimum=0, help=SYSTEM_PROMPT_HELP)
 
 
 @dataclass(frozen=True)
@@ -129,6 +148,7 @@ class ShareGptParameters(Parameters):
 
     prompt_max: int | None = parameter(None, minimum=1, help="longer prompts are cut to this")
     output_max: int | None = parameter(None, minimum=1, help="longer outputs are cut to this")
+    system_prompt: int = parameter(0, minimum=0, help=SYSTEM_PROMPT_HELP)
 
 
 class EmpiricalLengths:
@@ -150,16 +170,20 @@ class EmpiricalLengths:
     @classmethod
     def sharegpt(cls, params: ShareGptParameters) -> EmpiricalLengths:
         """The lengths of 30,731 ShareGPT conversations."""
-        return cls(EmpiricalParameters(SHAREGPT, params.prompt_max, params.output_max))
+        return cls(EmpiricalParameters(SHAREGPT, **asdict(params)))
 
     def draw(
         self, rng: np.random.Generator, arrival_seconds: npt.NDArray[np.float64]
     ) -> Sequence[Lengths]:
         """Draws a row for each arrival."""
-        most = self._params.prompt_max or math.inf, self._params.output_max or math.inf
         rows = rng.integers(len(self._lengths), size=len(arrival_seconds)).tolist()
-        pairs = (self._lengths[row] for row in rows)
-        return [Lengths(int(min(p, most[0])), int(min(o, most[1]))) for p, o in pairs]
+        return [self._cut(self._lengths[row]) for row in rows]
+
+    def _cut(self, lengths: Lengths) -> Lengths:
+        p = self._params
+        prompt = min(lengths.prompt_tokens, p.prompt_max or lengths.prompt_tokens)
+        output = min(lengths.output_tokens, p.output_max or lengths.output_tokens)
+        return Lengths(prompt, output).after(p.system_prompt)
 
 
 @lru_cache(maxsize=8)

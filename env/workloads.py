@@ -159,8 +159,14 @@ class WorkloadSpec(Parameters):
         process = _arrival_process(self.arrivals or SATURATED)
         times = process.draw(self._chance(_ARRIVALS), self.num_requests or DEFAULT_NUM_REQUESTS)
         drawn = lengths.draw(self._chance(_LENGTHS), times)
-        pairs = zip((times / self.rate_scale).tolist(), drawn, strict=True)
-        return Workload(self.workload, tuple(WorkloadRequest(time, *pair) for time, pair in pairs))
+        timed = zip((times / self.rate_scale).tolist(), drawn, strict=True)
+        requests = tuple(
+            WorkloadRequest(
+                time, prompt_tokens, output_tokens, shared_prefix_tokens=shared_prefix_tokens
+            )
+            for time, (prompt_tokens, output_tokens, shared_prefix_tokens) in timed
+        )
+        return Workload(self.workload, requests)
 
     def _chance(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream])
@@ -247,7 +253,7 @@ def iter_engine_requests(
 
     Ids come from the middle of the vocabulary, since models keep their special tokens at its ends.
     Prompts of more than a few tokens are distinct for all practical purposes, so that a prefix
-    cache finds nothing in common, but for what a trace says is shared: that is copied from the
+    cache finds nothing in common, but for what is said to be shared: that is copied from the
     newest earlier prompt that is long enough. A trace says how much was shared, not with whom; the
     newest makes sharing as recent as it can be.
 

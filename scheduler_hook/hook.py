@@ -311,6 +311,7 @@ class Hook:
             binding=step.binding,
             regular=not step.after_gap and self._steps_seen > WARM_UP_STEPS,
             prefill_squares=content.prefill_squares,
+            cached_tokens=content.cached_tokens,
         )
         self._forget_recorded()
         return record

@@ -119,6 +119,7 @@ def step_message(step: StepRecord) -> wire.StepRecord:
         binding=BINDINGS[step.binding],
         regular=step.regular,
         prefill_squares=step.prefill_squares,
+        cached_tokens=step.cached_tokens,
     )
 
 

@@ -212,6 +212,7 @@ class StepContent(NamedTuple):
         decode_seqs: Sequences that decode in it.
         prefill_tokens: Prompt tokens in it.
         prefill_squares: As in `StepRecord`.
+        cached_tokens: As in `StepRecord`.
         scheduled_tokens: All tokens in it.
         used_blocks: KV blocks held once it was scheduled.
         finished: Requests that ended since the previous call.
@@ -222,6 +223,7 @@ class StepContent(NamedTuple):
     decode_seqs: int
     prefill_tokens: int
     prefill_squares: int
+    cached_tokens: int
     scheduled_tokens: int
     used_blocks: int
     finished: tuple[FinishedRequest, ...]
@@ -366,12 +368,11 @@ class VllmAdapter:
         running = scheduler.running
         # Admissions are appended to RUNNING, and vLLM admits nobody in a step that preempted.
         first_admitted = self._running_before - self._preempted_since
-        if len(running) > first_admitted:
-            for request in running[first_admitted:]:
-                request_id = request.request_id
-                self._admitted[request_id] = self._prefilling[request_id] = request
         finished_ids = output.finished_req_ids
         scheduled = output.num_scheduled_tokens
+        cached_tokens = 0
+        if len(running) > first_admitted:
+            cached_tokens = self._take_admitted(running[first_admitted:], scheduled)
         prefill_seqs, prefill_tokens, prefill_squares = (
             self._count_prefills(scheduled) if self._prefilling else _NO_PREFILL
         )
@@ -381,10 +382,22 @@ class VllmAdapter:
             len(scheduled) - prefill_seqs,
             prefill_tokens,
             prefill_squares,
+            cached_tokens,
             output.total_num_scheduled_tokens,
             self.used_blocks(),
             self._take_finished(finished_ids) if finished_ids else (),
         )
+
+    def _take_admitted(self, requests: list[Any], scheduled: dict[str, int]) -> int:
+        """Notes the step's admissions; returns the prompt tokens that new ones need not compute."""
+        admitted, prefilling = self._admitted, self._prefilling
+        cached = 0
+        for request in requests:
+            request_id = request.request_id
+            if request_id not in admitted:
+                cached += request.num_computed_tokens - scheduled.get(request_id, 0)
+            admitted[request_id] = prefilling[request_id] = request
+        return cached
 
     def is_idle(self) -> bool:
         """Whether nothing runs and nothing waits."""

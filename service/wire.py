@@ -123,6 +123,7 @@ def step_record(message: pb.StepRecord) -> StepRecord:
         binding=BINDINGS[message.binding],
         regular=message.regular,
         prefill_squares=message.prefill_squares,
+        cached_tokens=message.cached_tokens,
     )
 
 

@@ -67,6 +67,17 @@ def test_until_something_has_finished_it_takes_sequences_to_grow_by_a_third_of_w
     assert decision.reason == "blocks held per sequence now"
 
 
+def test_a_shared_prefix_is_held_once_and_the_share_held_is_told():
+    policy = taught(output_tokens=204)
+    alone = Queue([SequenceState(192, 92, 0)] * 10, [SequenceState(0, 0, 100)] * 60)
+    limit = policy.decide(alone.snapshot()).limits.max_num_seqs
+    assert policy.held_share == 1.0
+    policy = taught(output_tokens=204)
+    shared = alone.snapshot()._replace(used_blocks=alone.snapshot().used_blocks // 2)
+    assert policy.decide(shared).limits.max_num_seqs > limit
+    assert policy.held_share == 0.5
+
+
 def test_equal_lengths_admit_exactly_what_fits_at_the_peak():
     # Ten sequences, each at 192 of its 304 tokens (19 whole blocks); each newcomer ends at 304,
     # when the ten are long gone: 112 steps from now they hold 10 * 304, newcomers 216 each.

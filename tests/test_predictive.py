@@ -461,6 +461,14 @@ def test_a_queue_that_makes_everybody_late_is_caught_up_with(monkeypatch):
     assert caught_up.slo_attainment > left_alone.slo_attainment + 0.05
 
 
+def test_prompts_that_share_a_prefix_are_batched_up_to_the_target():
+    slo = Slo(itl_slo_ms=20.0)
+    load = {"workload": "sharegpt:system_prompt=3000:prompt_max=1000", "arrivals": "saturated"}
+    shared = served("predictive", slo, num_requests=120, **load)
+    assert np.percentile(shared.itl_ms, 99) <= 20.0
+    assert np.median(shared.itl_ms) > 0.9 * 20.0
+
+
 def test_the_same_run_gives_the_same_numbers():
     slo = Slo(itl_slo_ms=14.0, ttft_slo_ms=2000.0)
     first, second = (served("predictive", slo, noise=0.05, num_requests=40) for _ in range(2))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot, StepRecord
 from batchpilot.agents.prefill_queue import PrefillQueue
+from batchpilot.agents.prefix_hits import PrefixHits
 
 FACTS = EngineFacts(BatchLimits(64, 2048), total_blocks=500, block_size=16)
 
@@ -14,8 +15,8 @@ def snapshot(clock, waiting, prefill_seqs=0):
     return EngineSnapshot(FACTS, clock, prefill_seqs, waiting, prefill_seqs=prefill_seqs)
 
 
-def step(prefill_tokens=0, arrived=()):
-    return StepRecord(0.02, 4, 4, prefill_tokens, arrived=arrived)
+def step(prefill_tokens=0, arrived=(), cached_tokens=0):
+    return StepRecord(0.02, 4, 4, prefill_tokens, arrived=arrived, cached_tokens=cached_tokens)
 
 
 def queue(*prompts, clock=0.0):
@@ -41,6 +42,21 @@ def test_a_prefix_cache_hit_is_forgotten_once_the_prompt_is_done():
     waiting.observe(step(prefill_tokens=100))  # 900 were in the cache
     waiting.update(snapshot(0.1, 1))
     assert waiting.backlog_tokens == 300
+
+
+def test_what_is_cached_counts_as_done_and_is_expected_of_others():
+    hits = PrefixHits()
+    waiting = PrefillQueue(1.0, hits)
+    first = step(arrived=(1000, 1000), cached_tokens=750, prefill_tokens=150)
+    for learns in (hits, waiting):
+        learns.observe(first)
+    waiting.update(snapshot(0.02, 1, prefill_seqs=1))
+    # Of the first 100 are left. Of the second, five sixths are expected to be cached as well.
+    assert hits.share == pytest.approx(750 / 900)
+    assert waiting.backlog_tokens == 100 + 167
+    assert waiting.whole_prompts(300) == 100 + 167
+    # The tokens that are computed are the last of their prompts, and attend to all before.
+    assert waiting.backlog_work(1e-3) == pytest.approx(100 + 190 + 167 + 0.167 * (167 + 2 * 833))
 
 
 def test_first_tokens_are_counted_and_those_that_came_too_late():
@@ -129,12 +145,21 @@ def test_how_long_the_oldest_has_waited_is_a_share_of_the_target():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3000), st.integers(0, 6)), max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 3000), st.integers(0, 2000), st.integers(0, 6)),
+        max_size=40,
+    )
+)
 def test_the_backlog_is_never_negative_and_is_gone_when_nobody_waits(events):
-    waiting = PrefillQueue(1.0)
-    for clock, (arrivals, computed, count) in enumerate(events):
-        waiting.observe(step(computed, arrived=(500,) * arrivals))
+    hits = PrefixHits()
+    waiting = PrefillQueue(1.0, hits)
+    for clock, (arrivals, computed, cached, count) in enumerate(events):
+        made = step(computed, arrived=(500,) * arrivals, cached_tokens=cached)
+        hits.observe(made)
+        waiting.observe(made)
         waiting.update(snapshot(float(clock), count))
         assert 0 <= waiting.backlog_tokens <= 500 * count
+        assert 0 <= hits.share <= 1
     waiting.update(snapshot(99.0, 0))
     assert waiting.backlog_tokens == 0

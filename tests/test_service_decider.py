@@ -93,6 +93,7 @@ def test_steps_are_shown_as_they_were_and_a_decision_is_asked_after_each():
             prefill_tokens=64,
             kv_tokens=3200,
             prefill_squares=4096,
+            cached_tokens=128,
         ),
         pb.StepRecord(
             seconds=0.0625,
@@ -108,7 +109,7 @@ def test_steps_are_shown_as_they_were_and_a_decision_is_asked_after_each():
     running = pb.SequenceColumns(kv_tokens=[9], output_tokens=[4], prefill_tokens_left=[0])
     Decider(policy, FACTS, SafetyBounds()).decide(report(1, steps=steps, running=running))
     assert policy.steps == [step_record(message) for message in steps]
-    assert policy.steps[0].prefill_squares == 4096
+    assert (policy.steps[0].prefill_squares, policy.steps[0].cached_tokens) == (4096, 128)
     assert policy.steps[1].finished == (FinishedRequest(10, 20, True),)
     first, last = policy.snapshots
     assert (first.clock_seconds, last.clock_seconds) == (0.1875, 0.25)

@@ -174,6 +174,10 @@ def test_a_profile_warms_it_up():
     assert np.mean(errors(model, lambda d, p, k: 1.3 * H100(d, p, k))) < 0.03
 
 
+def prompts_ahead(computed, left, length, cached_share):
+    return PromptsAhead(computed, left, length, cached_share * length if length < math.inf else 0.0)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 20),
@@ -181,10 +185,11 @@ def test_a_profile_warms_it_up():
     context=st.integers(1, 4000),
     seconds=st.floats(0.001, 0.2),
     prompts=st.builds(
-        PromptsAhead,
+        prompts_ahead,
         computed=st.integers(0, 30_000),
         left=st.integers(0, 3000),
         length=st.floats(1, 3000) | st.just(math.inf),
+        cached_share=st.floats(0, 0.99),
     ),
 )
 def test_the_largest_prefill_fits_and_one_token_more_does_not(
@@ -207,6 +212,13 @@ def test_prompts_ahead_count_what_their_tokens_attend_to():
     assert rest_of_one.squares(500) == 1300**2 - 1000**2 + 200**2
     assert rest_of_one.squares(900) == 1300**2 - 1000**2 + 3 * 200**2
     assert PromptsAhead().squares(500) == 500**2
+
+
+def test_prompts_ahead_begin_where_the_prefix_cache_ends():
+    two_of_a_chat = PromptsAhead(length=200, cached=150)
+    assert two_of_a_chat.squares(20) == 170**2 - 150**2
+    assert two_of_a_chat.squares(50) == 200**2 - 150**2
+    assert two_of_a_chat.squares(100) == 2 * (200**2 - 150**2)
 
 
 def test_later_chunks_of_a_long_prompt_are_smaller_once_their_cost_is_known():

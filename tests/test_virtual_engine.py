@@ -113,6 +113,30 @@ def test_each_prompt_of_a_step_pays_for_its_own_attention(asynchronous):
 
 
 @BOTH
+def test_what_the_prefix_cache_holds_is_told_once_and_costs_nothing(asynchronous):
+    virtual = engine({"token_ms": 1.0, "overhead_ms": 0.0}, async_scheduling=asynchronous)
+    virtual.add_request(request("first", prompt=100, output=3))
+    steps = run(virtual)
+    assert [step.record.cached_tokens for step in steps] == [0] * len(steps)
+    virtual.add_request(request("same", prompt=100, output=3))
+    virtual.add_request(request("longer", prompt=200, output=3))
+    records = [step.record for step in run(virtual)]
+    # Whole blocks of 16 that are shared: 96 tokens of each.
+    assert [r.cached_tokens for r in records] == [192] + [0] * (len(records) - 1)
+    assert records[0].prefill_tokens == 4 + 104
+    assert records[0].prefill_squares == (100**2 - 96**2) + (200**2 - 96**2)
+
+
+def test_a_preempted_request_that_finds_its_own_blocks_again_has_found_no_prefix():
+    virtual = engine(num_blocks=21, enable_prefix_caching=True)
+    for token, name in enumerate(("a", "b")):
+        virtual.add_request(request(name, prompt=100, output=100, token=token))
+    records = [step.record for step in run(virtual)]
+    assert sum(r.preemptions for r in records) > 0
+    assert sum(r.cached_tokens for r in records) == 0
+
+
+@BOTH
 def test_a_prompt_longer_than_the_budget_gives_its_token_with_the_last_chunk(asynchronous):
     virtual = engine({"token_ms": 1.0, "overhead_ms": 0.0}, async_scheduling=asynchronous)
     virtual.add_request(request("a", prompt=600, output=2))

@@ -138,7 +138,7 @@ def test_default_number_of_requests():
         ("", "unknown workload ''"),
         ("fixed", "prompt_tokens is required"),
         ("fixed:128", "output_tokens is required"),
-        ("fixed:1:2:3", "'3' is one value too many"),
+        ("fixed:1:2:3:4", "'4' is one value too many"),
         ("fixed:prompt_tokens=1:2", "'2' is one value too many, or lacks its key="),
         ("fixed:1:prompt_tokens=2", "prompt_tokens is given twice"),
         ("fixed:prompt_tokens=:output_tokens=1", "'prompt_tokens=' is not key=value"),
@@ -524,6 +524,20 @@ def test_shared_prefixes_are_shared_tokens(trace):
     assert prompts[1][16:] != prompts[0][16:24]
     assert prompts[2][:32] == prompts[0][:32]
     assert prompts[4] == prompts[2]
+
+
+@pytest.mark.parametrize(
+    "lengths", ["fixed:30:5", "chat", "lognormal:30:5", "sharegpt:prompt_max=200"]
+)
+def test_a_system_prompt_comes_before_every_prompt(lengths):
+    plain = build_workload(lengths, num_requests=20)
+    workload = build_workload(f"{lengths}:system_prompt=64", num_requests=20)
+    assert [r.prompt_tokens for r in workload.requests] == [
+        64 + r.prompt_tokens for r in plain.requests
+    ]
+    prompts = [r.prompt_token_ids for r in engine_requests(workload, vocab_size=5000)]
+    assert len({prompt[:64] for prompt in prompts}) == 1
+    assert len({prompt[64:] for prompt in prompts}) == 20
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1)), min_size=1, max_size=30))

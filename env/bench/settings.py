@@ -63,7 +63,8 @@ class BenchSettings(Parameters):
         "chat",
         help="chat, a bundled trace or length distribution ('?' lists them), fixed:KEY=VALUE:..., "
         "lognormal:prompt_mean=N:output_mean=N:..., or a CSV file with the columns "
-        "arrival_s,input_tokens,output_tokens",
+        "arrival_s,input_tokens,output_tokens and, if prompts begin alike, shared_prefix_tokens; "
+        "lengths take system_prompt=N, tokens that all prompts begin with",
     )
     num_requests: int | None = parameter(
         None,

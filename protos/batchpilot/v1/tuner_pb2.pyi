@@ -139,7 +139,7 @@ class TelemetryWindow(_message.Message):
     def __init__(self, seconds: _Optional[float] = ..., steps: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., slowest_step_seconds: _Optional[float] = ..., decode_tokens: _Optional[int] = ..., decode_seconds: _Optional[float] = ..., slow_decode_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., running_seconds: _Optional[float] = ..., kv_token_seconds: _Optional[float] = ..., peak_running: _Optional[int] = ..., peak_kv_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., arrived: _Optional[int] = ..., arrived_prompt_tokens: _Optional[int] = ..., finished: _Optional[int] = ..., finished_output_tokens: _Optional[int] = ..., kv_bound_steps: _Optional[int] = ..., seqs_bound_steps: _Optional[int] = ..., tokens_bound_steps: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., prefill_seqs: _Optional[int] = ..., used_blocks: _Optional[int] = ..., limits: _Optional[_Union[BatchLimits, _Mapping]] = ...) -> None: ...
 
 class StepRecord(_message.Message):
-    __slots__ = ("seconds", "running", "decode_seqs", "prefill_tokens", "kv_tokens", "preemptions", "recomputed_tokens", "finished", "arrived_prompt_tokens", "binding", "regular", "prefill_squares")
+    __slots__ = ("seconds", "running", "decode_seqs", "prefill_tokens", "kv_tokens", "preemptions", "recomputed_tokens", "finished", "arrived_prompt_tokens", "binding", "regular", "prefill_squares", "cached_tokens")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     DECODE_SEQS_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class StepRecord(_message.Message):
     BINDING_FIELD_NUMBER: _ClassVar[int]
     REGULAR_FIELD_NUMBER: _ClassVar[int]
     PREFILL_SQUARES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     seconds: float
     running: int
     decode_seqs: int
@@ -164,7 +165,8 @@ class StepRecord(_message.Message):
     binding: Binding
     regular: bool
     prefill_squares: int
-    def __init__(self, seconds: _Optional[float] = ..., running: _Optional[int] = ..., decode_seqs: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., finished: _Optional[_Iterable[_Union[FinishedRequest, _Mapping]]] = ..., arrived_prompt_tokens: _Optional[_Iterable[int]] = ..., binding: _Optional[_Union[Binding, str]] = ..., regular: bool = ..., prefill_squares: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, seconds: _Optional[float] = ..., running: _Optional[int] = ..., decode_seqs: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., finished: _Optional[_Iterable[_Union[FinishedRequest, _Mapping]]] = ..., arrived_prompt_tokens: _Optional[_Iterable[int]] = ..., binding: _Optional[_Union[Binding, str]] = ..., regular: bool = ..., prefill_squares: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class FinishedRequest(_message.Message):
     __slots__ = ("prompt_tokens", "output_tokens", "completed")
