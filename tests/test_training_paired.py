@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from training_runs import ENVIRONMENT
 
 from batchpilot.agents.parameters import ConfigError
-from batchpilot.agents.training.paired_env import PAIRED_SEED, PairedEnv
+from batchpilot.agents.training.paired_env import PAIRED_SEED, PairedEnv, _Base
 from batchpilot.agents.training.recipes import EnvRecipe
 from batchpilot.agents.training.replayable import ReplayableEnv
 from batchpilot.env.batch_limits_env import BatchLimitsEnv
@@ -40,17 +41,27 @@ def test_the_base_policy_gains_nothing_over_itself():
     env.close()
 
 
-def test_a_reward_is_the_plain_one_less_the_base_policys():
+@pytest.mark.parametrize("action", [FEW, -FEW])
+def test_an_episodes_rewards_sum_up_to_what_it_gained_over_the_base(action):
     plain = BatchLimitsEnv(**ENVIRONMENT)
-    plain.reset(seed=PAIRED_SEED)
-    base = rewards(plain, ZERO)
-    plain.reset(seed=PAIRED_SEED)
-    expected = [mine - theirs for mine, theirs in zip(rewards(plain, FEW), base, strict=True)]
+    sums = []
+    for played in (ZERO, action):
+        plain.reset(seed=PAIRED_SEED)
+        sums.append(sum(rewards(plain, played)))
     env = paired(episodes=1)
     env.reset()
-    assert rewards(env, FEW) == expected
-    assert any(expected)
+    assert sum(rewards(env, action)) == pytest.approx(sums[1] - sums[0], abs=1e-9)
+    assert sums[1] != sums[0]
     plain.close(), env.close()
+
+
+def test_the_base_is_subtracted_by_engine_time_not_by_number_of_intervals():
+    base = _Base(ends=[1.0, 2.0, 4.0], rewards=[10.0, 20.0, 8.0])
+    assert base.between(0.0, 1.0) == 10.0
+    assert base.between(0.5, 1.25) == 5.0 + 5.0
+    assert base.between(1.0, 3.0) == 20.0 + 4.0
+    assert base.between(3.5, math.inf) == 2.0
+    assert base.between(4.5, math.inf) == 0.0
 
 
 def test_the_number_of_the_neutral_action_stands_for_the_base():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, SupportsFloat
+import math
+from typing import Any, NamedTuple, SupportsFloat
 
 import gymnasium
 import numpy as np
@@ -17,13 +18,17 @@ PAIRED_SEED = 10_000_000
 class PairedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Plays one of so many episodes again and again, and rewards what is gained over the base.
 
-    Formula: r'(t) = r(t) - b(t), with b(t) the reward of interval t of the same episode (engine,
-    requests, noise) under the neutral action, which is the base policy. What an agent does has no
-    influence on b, so that the best policy stays the best; what goes is the chance of whether an
-    episode was an easy one, which else is far greater than what an agent can gain or lose.
+    Formula: r' = r - b, with b the reward of the same episode (engine, requests, noise) under the
+    neutral action, which is the base policy, in the same stretch of engine time: an interval ends
+    with the step that reaches its end, so that an agent's and the base's hardly coincide. Of a
+    base's interval that lies in the stretch in part, that part counts; the last interval takes all
+    that is left, so that an episode's rewards sum up to its gain. What an agent does has no
+    influence on the sum of b, so that the best policy stays the best; what goes is the chance of
+    whether an episode was an easy one, which else is far greater than what an agent can gain or
+    lose.
 
     Regimes: an episode is played under the base when it comes for the first time; from then on it
-    costs what any other does. Intervals beyond the base's last keep their reward.
+    costs what any other does.
 
     Limitations: it holds for environments that draw from chance in `reset` alone. Few episodes can
     be learned by heart.
@@ -44,9 +49,9 @@ class PairedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
             raise ConfigError("paired_episodes needs an action design with a base policy")
         self._neutral = np.asarray(neutral, dtype=env.action_space.dtype)
         self._episodes = episodes
-        self._base: dict[int, list[float]] = {}
-        self._rewards: list[float] = []
-        self._interval = 0
+        self._bases: dict[int, _Base] = {}
+        self._base = _Base([], [])
+        self._clock = 0.0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -55,26 +60,44 @@ class PairedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         unwrapped = self.unwrapped
         chance = unwrapped.np_random if seed is None else seeding.np_random(seed)[0]
         number = int(chance.integers(self._episodes))
-        if number not in self._base:
-            self._base[number] = self._play_base(number)
+        if number not in self._bases:
+            self._bases[number] = self._play_base(number)
         seen, info = self.env.reset(seed=PAIRED_SEED + number, options=options)
         unwrapped.np_random = chance  # the episode's own was needed in its reset alone
-        self._rewards, self._interval = self._base[number], 0
+        self._base, self._clock = self._bases[number], 0.0
         return seen, info
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Takes the action; its reward is what it gained over the base."""
         seen, reward, terminated, truncated, info = self.env.step(action)
-        if self._interval < len(self._rewards):
-            reward = float(reward) - self._rewards[self._interval]
-        self._interval += 1
-        return seen, reward, terminated, truncated, info
+        before, self._clock = self._clock, info["clock_s"]
+        until = math.inf if terminated or truncated else self._clock
+        gained = float(reward) - self._base.between(before, until)
+        return seen, gained, terminated, truncated, info
 
-    def _play_base(self, number: int) -> list[float]:
+    def _play_base(self, number: int) -> _Base:
         self.env.reset(seed=PAIRED_SEED + number)
-        rewards, over = [], False
+        base, over = _Base([], []), False
         while not over:
-            _, reward, terminated, truncated, _ = self.env.step(self._neutral)
-            rewards.append(float(reward))
+            _, reward, terminated, truncated, info = self.env.step(self._neutral)
+            base.ends.append(info["clock_s"])
+            base.rewards.append(float(reward))
             over = terminated or truncated
-        return rewards
+        return base
+
+
+class _Base(NamedTuple):
+    """The base policy's intervals: when each ended, in seconds, and its reward."""
+
+    ends: list[float]
+    rewards: list[float]
+
+    def between(self, start: float, end: float) -> float:
+        """What it had from one moment to another; each interval's reward is spread evenly."""
+        total, begun = 0.0, 0.0
+        for ended, reward in zip(self.ends, self.rewards, strict=True):
+            inside = min(end, ended) - max(start, begun)
+            if inside > 0:
+                total += reward * (inside / (ended - begun))
+            begun = ended
+        return total
