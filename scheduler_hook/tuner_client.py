@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -125,7 +125,7 @@ class TunerClient:
 
     def _prepare(self) -> None:
         """What belongs to one process, and does not survive a fork."""
-        self.outbox: queue.SimpleQueue[EngineReport | None] = queue.SimpleQueue()
+        self.outbox: deque[EngineReport] = deque(maxlen=OUTBOX_REPORTS)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._session: TunerSession | None = None
@@ -148,13 +148,14 @@ class TunerClient:
 
     def offer(self, report: EngineReport) -> None:
         """Queues a report, dropping the oldest where too many wait; never waits."""
-        if self.outbox.qsize() >= OUTBOX_REPORTS:
-            try:
-                if self.outbox.get_nowait() is not None:
-                    self.stats.reports_dropped += 1
-            except queue.Empty:  # the sender was quicker
-                pass
-        self.outbox.put(report)
+        if len(self.outbox) >= OUTBOX_REPORTS:
+            with suppress(IndexError):  # the sender was quicker
+                self.outbox.popleft()
+                self.stats.reports_dropped += 1
+        self.outbox.append(report)
+        session = self._session
+        if session is not None:
+            session.ring()
 
     def close(self) -> None:
         """Ends the stream and the thread; the lease in force ends by itself."""

@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -45,6 +46,7 @@ class TunerSession:
         self._leases: LeaseSession = client.leases.open_session()
         self._opened_at = client.clock()
         self._welcome = threading.Event()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._over = False
         self._why = ""
         self._dropped_told = 0
@@ -69,9 +71,14 @@ class TunerSession:
         self._why = self._why or why
         self._over = True
         self._welcome.set()
-        self._client.outbox.put(None)
+        self.ring()
         if self._call is not None:
             self._call.cancel()
+
+    def ring(self) -> None:
+        """Wakes the sender, from whichever thread; never waits."""
+        if self._bell.empty():  # one ring tells of all that came before it
+            self._bell.put(None)
 
     def take(self, response: wire.TuneResponse) -> None:
         """One message of the service's: checked, and counted whatever it was."""
@@ -91,33 +98,36 @@ class TunerSession:
         try:
             yield wire.TuneRequest(hello=self._client.make_hello())
             while not self._over:
-                report = self._next_report()
+                self._wait()
                 late = self._what_is_late()
                 if late:
                     self.end(late)
-                if report is None:
-                    continue
-                if self._over:
-                    self._client.stats.reports_dropped += 1
-                    return
-                yield wire.TuneRequest(report=self._message(report))
+                report = self._waiting_reports()
+                if report is not None:
+                    yield wire.TuneRequest(report=self._message(report))
         except Exception as error:
             logger.debug("batchpilot could not say what it had to", exc_info=True)
             self.end(f"INTERNAL: {type(error).__name__}: {error}")
 
-    def _next_report(self) -> EngineReport | None:
-        """All that waits, as one report; None after a while without any, or without a welcome."""
-        outbox, waiting = self._client.outbox, []
-        if not self._welcome.wait(LOOK_SECONDS):
+    def _wait(self) -> None:
+        """Until there may be something to say, or a while without."""
+        if not self._welcome.wait(LOOK_SECONDS) or self._client.outbox:
+            return
+        with suppress(queue.Empty):
+            self._bell.get(timeout=LOOK_SECONDS)
+
+    def _waiting_reports(self) -> EngineReport | None:
+        """All that wait, as one; None without any or without a welcome.
+
+        Once the stream is over they are left to the next one.
+        """
+        if not self._welcome.is_set() or self._over:
             return None
-        try:
-            item = outbox.get(timeout=LOOK_SECONDS)
+        waiting: list[EngineReport] = []
+        with suppress(IndexError):
             while True:
-                if item is not None:
-                    waiting.append(item)
-                item = outbox.get_nowait()
-        except queue.Empty:
-            return tuner_wire.joined(waiting) if waiting else None
+                waiting.append(self._client.outbox.popleft())
+        return tuner_wire.joined(waiting) if waiting else None
 
     def _what_is_late(self) -> str:
         """Why the stream is of no use any more; empty while it is."""

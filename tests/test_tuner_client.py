@@ -13,7 +13,7 @@ from batchpilot.agents.catalog import PolicySpec
 from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot, Source, StepRecord
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as wire
-from batchpilot.scheduler_hook import tuner_channel
+from batchpilot.scheduler_hook import tuner_channel, tuner_session
 from batchpilot.scheduler_hook.remote_link import EngineIdentity, remote_link
 from batchpilot.scheduler_hook.settings import HookSettings
 from batchpilot.scheduler_hook.tuner_client import OUTBOX_REPORTS, Backoff
@@ -236,7 +236,7 @@ def test_too_many_reports_drop_the_oldest_and_the_rest_go_as_one():
         engine.client.interval_seconds = 0.0
         for _ in range(OUTBOX_REPORTS + 11):
             engine.step()
-        assert engine.client.outbox.qsize() == OUTBOX_REPORTS
+        assert len(engine.client.outbox) == OUTBOX_REPORTS
         assert engine.client.stats.reports_dropped == 10
         del engine.client.start
         with Server(Double()) as server:
@@ -246,6 +246,49 @@ def test_too_many_reports_drop_the_oldest_and_the_rest_go_as_one():
     first = server.double.reports[0]
     assert first.window.steps >= OUTBOX_REPORTS - 1
     assert first.dropped_reports >= 10
+
+
+def test_however_often_the_service_is_sought_in_vain_no_more_reports_wait_than_are_meant():
+    with Engine("localhost:1") as engine:
+        client = engine.client
+        client._backoff = Backoff(first_seconds=0.001, longest_seconds=0.001)
+        client.interval_seconds = 0.0
+        assert engine.steps_until(lambda _: client.stats.failures.total() > 3 * OUTBOX_REPORTS)
+        assert engine.steps_until(lambda _: client.stats.reports_dropped)
+        assert len(client.outbox) == OUTBOX_REPORTS
+        with Server(Double()) as server:
+            client._targets = tuner_channel.rotation((server.target,))
+            assert engine.steps_until(lambda _: server.double.reports)
+            assert engine.steps_until(is_remote)
+    first = server.double.reports[0]
+    assert 1 <= first.window.steps <= OUTBOX_REPORTS  # a step each
+    assert first.dropped_reports > 0
+
+
+def test_what_waits_when_a_stream_ends_goes_to_the_next():
+    double = Double(token="another")
+    with Server(double) as server, Engine(server.target) as engine:
+        client = engine.client
+        client.interval_seconds = 0.0
+        client.start, start = lambda: None, client.start
+        for _ in range(6):  # the first has seen nothing yet, and reports nothing
+            engine.step()
+        waiting = list(client.outbox)
+        start()
+        assert until(lambda: client.stats.failures["UNAUTHENTICATED"] >= 3)
+        assert (list(client.outbox), client.stats.reports_dropped) == (waiting, 0)
+        double.token = None
+        assert until(lambda: double.reports)
+    assert (double.reports[0].window.steps, len(waiting)) == (5, 5)
+
+
+def test_reports_and_the_end_wake_the_sender_at_once(monkeypatch):
+    monkeypatch.setattr(tuner_session, "LOOK_SECONDS", 60.0)
+    with Server(Double()) as server:
+        before = set(threading.enumerate())
+        with Engine(server.target) as engine:
+            assert engine.steps_until(lambda _: len(server.double.reports) >= 5)
+        assert until(lambda: not [t for t in set(threading.enumerate()) - before if is_ours(t)])
 
 
 def test_mutual_tls_and_a_token_read_afresh_at_every_attempt(tmp_path):
