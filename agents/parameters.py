@@ -84,7 +84,7 @@ class Parameters:
         Raises:
             ConfigError: An unknown key, a missing one, or a value that does not fit.
         """
-        unknown = sorted(set(values) - set(cls.names()))
+        unknown = sorted(set(values) - set(cls.names()), key=str)
         if unknown:
             allowed = ", ".join(cls.names()) or "none"
             raise ConfigError(f"{where}: unknown key {unknown[0]!r}; allowed: {allowed}")
@@ -126,7 +126,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return str(value)
     try:
         number = float(value)
-    except ValueError:
+    except (OverflowError, ValueError):
         raise ConfigError(expected) from None
     if not math.isfinite(number) or (kind is int and number != int(number)):
         raise ConfigError(expected)

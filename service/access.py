@@ -163,7 +163,7 @@ def read_access(path: Path | None) -> AccessList:
     if path is None:
         return AccessList()
     content = load_yaml(path)
-    unknown = sorted(set(content) - {"clients"})
+    unknown = sorted(set(content) - {"clients"}, key=str)
     if unknown:
         raise ConfigError(f"{path}: unknown key {unknown[0]!r}; allowed: clients")
     entries = content.get("clients") or []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from batchpilot.agents.canary import CanaryParameters
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
@@ -213,13 +214,26 @@ def load_yaml(path: Path) -> Mapping[str, Any]:
         ConfigError: It cannot be read or is no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path}: not YAML ({problem})") from None
     return mapping({} if content is None else content, where=str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Names a value that looks like a date or a number and is none."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As the loader it extends, but what it cannot make sense of is a YAMLError."""
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError, ValueError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{node.value!r} is no {kind} ({error}); put text in quotes"
+            raise ConstructorError(None, None, problem, node.start_mark) from None
 
 
 def parse_settings(content: Mapping[str, Any], *, where: str) -> ServiceSettings:
@@ -232,16 +246,14 @@ def parse_settings(content: Mapping[str, Any], *, where: str) -> ServiceSettings
     for name in content:
         if name not in allowed:
             raise ConfigError(f"{where}: unknown section {name!r}; allowed: {', '.join(allowed)}")
-    if "share" in (content.get("canary") or {}):
+    given = {name: _section(content.get(name), where=f"{where}: {name}") for name in allowed}
+    if "share" in given["canary"]:
         raise ConfigError(f"{where}: canary: share is given with each promotion, not here")
     sections: dict[str, Any] = {
-        name: kind.from_mapping(
-            mapping(content.get(name) or {}, where=f"{where}: {name}"), where=f"{where}: {name}"
-        )
+        name: kind.from_mapping(given[name], where=f"{where}: {name}")
         for name, kind in _SECTIONS.items()
     }
-    shared = mapping(content.get("default") or {}, where=f"{where}: default")
-    groups = mapping(content.get("groups") or {}, where=f"{where}: groups")
+    shared, groups = given["default"], given["groups"]
     return ServiceSettings(
         **sections,
         default=GroupSettings.from_mapping(shared, where=f"{where}: default"),
@@ -254,8 +266,13 @@ def parse_settings(content: Mapping[str, Any], *, where: str) -> ServiceSettings
 
 def _group(shared: Mapping[str, Any], values: Any, *, where: str) -> GroupSettings:
     """A group's own keys over those of `default`."""
-    own = mapping(values or {}, where=where)
+    own = _section(values, where=where)
     return GroupSettings.from_mapping({**shared, **own}, where=where)
+
+
+def _section(value: Any, *, where: str) -> Mapping[str, Any]:
+    """A section's keys; none where it is left empty."""
+    return mapping({} if value is None else value, where=where)
 
 
 def mapping(value: Any, *, where: str) -> Mapping[str, Any]:

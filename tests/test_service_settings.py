@@ -48,15 +48,31 @@ def test_a_group_has_the_keys_of_default_unless_it_sets_its_own(tmp_path):
     ("text", "complaint"),
     [
         ("sever: {}", "unknown section 'sever'; allowed: server, limits, tls"),
+        ("server: {}\n1: {}\nnull: {}", "unknown section 1; allowed: server, limits"),
+        ("server: {1: x, binds: x, null: x}", "server: unknown key 1; allowed: bind,"),
         ("server: {binds: x}", "server: unknown key 'binds'; allowed: bind,"),
         ("server: {drain_seconds: fast}", "drain_seconds='fast' is not a finite number"),
         ("limits: {max_sessions: 0}", "max_sessions=0 must be at least 1"),
         ("groups: {chat: {lease_ms: 300}}", "groups: chat: lease_ms=300 must be at least twice"),
         ("groups: {chat: {max_num_seqs: 2, min_num_seqs: 3}}", "max_num_seqs=2 must be at least"),
         ("canary: {share: 0.5}", "canary: share is given with each promotion, not here"),
+        ("canary: true", "canary: True is not a mapping"),
+        ("canary: false", "canary: False is not a mapping"),
+        ("canary: share", "canary: 'share' is not a mapping"),
+        ("groups: {chat: 0}", "groups: chat: 0 is not a mapping"),
         ("canary: {confidence: 2}", "confidence=2.0 must be less than 1"),
         ("groups: [chat]", r"groups: \['chat'\] is not a mapping"),
         ("- 1", "is not a mapping"),
+        (
+            "storage: {state: 2026-13-45}",
+            r"not YAML \('2026-13-45' is no timestamp \(month must be in 1..12\); "
+            "put text in quotes .* line 1, column 18",
+        ),
+        ("? 2026-13-45\n: {}", "'2026-13-45' is no timestamp"),
+        ("storage: {state: !!int x}", "'x' is no int"),
+        ("storage: {state: !!bool x}", "'x' is no bool"),
+        ("storage: {state: !!timestamp x}", "'x' is no timestamp"),
+        (f"limits: {{max_sessions: {'9' * 400}}}", "9 is not a whole number"),
         ("server: {", "not YAML"),
         ("server: !!python/object/apply:os.system [id]", "not YAML"),
     ],
@@ -178,6 +194,31 @@ def test_a_file_of_clients_that_others_may_change_or_tokens_they_may_read_is_ref
 def test_a_client_that_does_not_fit_is_refused(tmp_path, entry, complaint):
     with pytest.raises(ConfigError, match=complaint):
         read_access(write(tmp_path / "access.yaml", [entry]))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("1: x\nclient: []\nnull: x", "access.yaml: unknown key 1; allowed: clients"),
+        ("clients: [{1: x, nam: x, null: x}]", "client 1: unknown key 1; allowed: name, role"),
+        ("clients: [{name: 2026-13-45}]", "'2026-13-45' is no timestamp .* put text in quotes"),
+        ("clients: true", "clients is not a list"),
+        ("clients: [x]", "client 1: 'x' is not a mapping"),
+    ],
+)
+def test_a_file_of_clients_that_does_not_fit_is_refused(tmp_path, text, complaint):
+    path = tmp_path / "access.yaml"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=complaint):
+        read_access(path)
+
+
+def test_a_section_or_a_group_may_be_left_empty():
+    content = {"server": None, "canary": None, "groups": {"chat": None}}
+    settings = parse_settings(content, where="test")
+    assert settings.server == read_settings(None).server
+    assert settings.groups == {"chat": settings.default}
 
 
 def test_a_client_may_not_be_there_twice(tmp_path):
