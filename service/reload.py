@@ -83,6 +83,9 @@ class Reloader:
         except ConfigError as error:
             self._meters.reloads["failed"] += 1
             logger.error("what was read before stays in force: %s", error)
+        except Exception:  # a fault of ours; the other files, and the next change, are read still
+            self._meters.reloads["failed"] += 1
+            logger.exception("%s: what was read before stays in force", file.path)
         else:
             self._meters.reloads["ok"] += 1
             logger.info("%s is in force", file.path)

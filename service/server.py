@@ -210,8 +210,11 @@ class Service:
     async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(TIDY_SECONDS)
-            self.sessions.sweep()
-            self._canaries.judge()
+            for work in (self.sessions.sweep, self._canaries.judge):
+                try:
+                    work()
+                except Exception:
+                    logger.exception("a fault of ours; it is tried again in %g s", TIDY_SECONDS)
 
 
 def channel_options(limits: LimitSettings) -> list[tuple[str, Any]]:

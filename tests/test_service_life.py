@@ -26,7 +26,12 @@ from serving import (
 
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
+from batchpilot.service import server
+from batchpilot.service.canaries import Canaries
+from batchpilot.service.meters import Meters
 from batchpilot.service.metrics import ENGINE_GAUGES, PREFIX
+from batchpilot.service.reload import Reloader, WatchedFile
+from batchpilot.service.sessions import SessionTable
 
 STATIC = {"policy": "static:max_num_seqs=200"}
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -84,11 +89,12 @@ def test_a_changed_file_changes_policies_without_dropping_a_stream(tmp_path):
             assert (welcome.report_interval_ms, welcome.policy) == (500, "static:max_num_seqs=100")
             assert (await chat.call.read()).lease.limits.max_num_seqs == 100
             assert (await code.ask(2)).limits.max_num_seqs == 200
-            for text in ("groups: [", "grups: {}", "default: {policy: nonsense}"):
+            useless = ("groups: [", "grups: {}", "default: {policy: nonsense}", "canary: true")
+            for number, text in enumerate(useless, start=1):
                 path.write_text(text)
                 service.reloader.now()
-            while service.meters.reloads["failed"] == 0:
-                await asyncio.sleep(0.01)
+                while service.meters.reloads["failed"] < number:
+                    await asyncio.sleep(0.01)
             last = service_sequence(service)
             assert (await chat.ask(last + 1)).limits.max_num_seqs == 100
 
@@ -96,6 +102,61 @@ def test_a_changed_file_changes_policies_without_dropping_a_stream(tmp_path):
         return max(s.sequence for s in service.sessions if s.key.group == "chat")
 
     run(test)
+
+
+def test_a_fault_in_reading_a_file_is_logged_and_the_next_change_is_taken_up(tmp_path, caplog):
+    path, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    faults, read = [ZeroDivisionError("never thought of")], []
+
+    def load():
+        if faults:
+            raise faults.pop()
+        read.append("one")
+
+    async def test():
+        meters = Meters()
+        files = [WatchedFile(path, load), WatchedFile(other, lambda: read.append("other"))]
+        reloader = Reloader(files, meters)
+        running = asyncio.create_task(reloader.run())
+        reloader.now()
+        while not read:
+            await asyncio.sleep(0.01)
+        assert (read, meters.reloads) == (["other"], {"failed": 1, "ok": 1})
+        path.write_text("another")
+        while len(read) < 2:  # looked at every second
+            await asyncio.sleep(0.01)
+        assert (read, meters.reloads) == (["other", "one"], {"failed": 1, "ok": 2})
+        assert not running.done()
+        running.cancel()
+
+    with caplog.at_level("ERROR", "batchpilot.service"):
+        run(test)
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path}: what was read before stays in force"
+    assert record.exc_info[0] is ZeroDivisionError
+
+
+def test_a_fault_in_tidying_is_logged_and_the_rest_and_the_next_pass_come(monkeypatch, caplog):
+    passes = []
+
+    def sweep(sessions):
+        passes.append("sweep")
+        raise ZeroDivisionError("never thought of")
+
+    monkeypatch.setattr(server, "TIDY_SECONDS", 0.01)
+    monkeypatch.setattr(SessionTable, "sweep", sweep)
+    monkeypatch.setattr(Canaries, "judge", lambda canaries: passes.append("judge"))
+
+    async def test():
+        async with serving(default=STATIC):
+            while len(passes) < 4:
+                await asyncio.sleep(0.01)
+
+    run(test)
+    assert passes[:4] == ["sweep", "judge", "sweep", "judge"]
+    record = next(r for r in caplog.records if r.levelname == "ERROR")
+    assert record.getMessage() == "a fault of ours; it is tried again in 0.01 s"
+    assert record.exc_info[0] is ZeroDivisionError
 
 
 def test_reflection_is_off_unless_asked_for():
