@@ -71,9 +71,12 @@ class Gate:
             )
         return caller
 
-    def still_admits(self, caller: Caller) -> bool:
-        """Whether a caller that was admitted would be today."""
-        return caller.client is None or caller.client in self.access.clients
+    def why_no_longer(self, caller: Caller) -> RefusalError | None:
+        """Why a caller that was admitted would not be today; None where it would be."""
+        if caller.client is None or caller.client in self.access.clients:
+            return None
+        text = f"{caller.name} is no longer known, or known otherwise"
+        return RefusalError(grpc.StatusCode.UNAUTHENTICATED, "access_changed", text)
 
     def _identify(self, context: Any) -> Caller:
         names = certificate_names(context.auth_context())

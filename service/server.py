@@ -201,11 +201,7 @@ class Service:
 
     def _load_access(self) -> None:
         self._gate.access = read_access(_path(self._settings.access.file))
-        for session in self.sessions:
-            if not self._gate.still_admits(session.caller):
-                text = f"{session.caller.name} is no longer known, or known otherwise"
-                why = RefusalError(grpc.StatusCode.UNAUTHENTICATED, "access_changed", text)
-                self.sessions.end(session, why)
+        self._tuner.end_unknown()
 
     async def _tidy(self) -> None:
         while True:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -40,11 +41,26 @@ _ENGINES = (Role.ENGINE, Role.ADMIN)
 _READERS = (Role.VIEWER, Role.ADMIN)
 
 
+@dataclass(slots=True, eq=False)
+class Watcher:
+    """One WatchEngine stream.
+
+    Attributes:
+        caller: Who opened it.
+        task: The stream's.
+        end: Why the service has ended it.
+    """
+
+    caller: Caller
+    task: asyncio.Task[object]
+    end: RefusalError | None = None
+
+
 class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
     """Answers engines and those who watch them.
 
     Attributes:
-        watchers: The tasks of the WatchEngine streams.
+        watchers: The WatchEngine streams.
 
     Args:
         gate: Admits callers.
@@ -63,7 +79,7 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
         max_watchers: int,
     ) -> None:
         """Serves the sessions of one service."""
-        self.watchers: set[asyncio.Task[object]] = set()
+        self.watchers: set[Watcher] = set()
         self._gate = gate
         self._sessions = sessions
         self._steering = steering
@@ -77,8 +93,9 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
         async with answering("Tune", context, self._meters):
             caller = self._gate.admit(context, *_ENGINES)
             hello = await self._hello(caller, context)
-            if self._shut is not None:
-                raise self._shut
+            why_not = self._shut or self._gate.why_no_longer(caller)  # it may have taken its time
+            if why_not is not None:
+                raise why_not
             session = self._sessions.open(hello, caller, asyncio.current_task())
             logger.info("session %s of %s begins", session.session_id, session.key)
             try:
@@ -117,39 +134,57 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
             found = matching(self._sessions, request.group)
             return pb.ListEnginesResponse(engines=[engine_status(s, now) for s in found])
 
-    async def WatchEngine(
-        self, request: pb.WatchEngineRequest, context: Any
-    ) -> AsyncIterator[pb.WatchEngineResponse]:
+    async def WatchEngine(self, request: pb.WatchEngineRequest, context: Any) -> None:
         """What changes about the engines here."""
         async with answering("WatchEngine", context, self._meters):
             cost = 1 + len(self._sessions) / ENGINES_PER_COST
-            self._gate.admit(context, *_READERS, cost=cost)
-            task = asyncio.current_task()
-            assert task is not None
-            if len(self.watchers) >= self._max_watchers:
-                raise RefusalError(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    "too_many_watchers",
-                    f"this service holds its most of {self._max_watchers} watchers",
-                )
-            self.watchers.add(task)
+            watcher = self._open_watcher(self._gate.admit(context, *_READERS, cost=cost))
             try:
                 async for response in watch(self._sessions, request):
-                    yield response
+                    await context.write(response)  # where a watcher reads too slowly, it ends here
             except asyncio.CancelledError:
-                if self._shut is None:
+                if watcher.end is None:
                     raise  # the watcher has gone
-                raise self._shut from None
+                raise watcher.end from None
             finally:
-                self.watchers.discard(task)
+                self.watchers.discard(watcher)
 
     def shut(self, why: RefusalError) -> None:
         """Ends every stream, for the same reason."""
+        self._shut = why
         for session in self._sessions:
             self._sessions.end(session, why)
-        self._shut = why
-        for task in list(self.watchers):
-            task.cancel()
+        for watcher in list(self.watchers):
+            _end_watcher(watcher, why)
+
+    def end_unknown(self) -> None:
+        """Ends the streams of callers that the gate would not admit any more."""
+        for session in self._sessions:
+            why = self._gate.why_no_longer(session.caller)
+            if why is not None:
+                self._sessions.end(session, why)
+        for watcher in list(self.watchers):
+            why = self._gate.why_no_longer(watcher.caller)
+            if why is not None:
+                _end_watcher(watcher, why)
+
+    def _open_watcher(self, caller: Caller) -> Watcher:
+        """Begins to count a WatchEngine stream, the one whose task this is.
+
+        Raises:
+            RefusalError: There are too many.
+        """
+        if len(self.watchers) >= self._max_watchers:
+            raise RefusalError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "too_many_watchers",
+                f"this service holds its most of {self._max_watchers} watchers",
+            )
+        task = asyncio.current_task()
+        assert task is not None
+        watcher = Watcher(caller, task)
+        self.watchers.add(watcher)
+        return watcher
 
     async def _hello(self, caller: Caller, context: Any) -> pb.EngineHello:
         try:
@@ -235,6 +270,11 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
         session.report = report if report.ByteSize() <= KEPT_BYTES else _without_detail(report)
         session.reported_at = now
         session.version += 1
+
+
+def _end_watcher(watcher: Watcher, why: RefusalError) -> None:
+    watcher.end = why
+    watcher.task.cancel()
 
 
 def _without_detail(report: pb.Report) -> pb.Report:

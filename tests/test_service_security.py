@@ -1,5 +1,6 @@
 """Who may do what: tokens, certificates and their rotation, rates, and what is refused at start."""
 
+import asyncio
 import hashlib
 
 import grpc
@@ -11,6 +12,8 @@ from serving import Engine, channel_to, hello, report, run, serving
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
+from batchpilot.service.access import Caller, Role
+from batchpilot.service.gate import Gate
 
 STATIC = {"policy": "static"}
 TOKENS = {name: f"{name}-token-0123456789" for name in ("fleet", "viewer", "admin", "other")}
@@ -170,6 +173,120 @@ def test_a_token_that_is_taken_away_ends_its_streams_and_no_others(tmp_path, acc
             write_clients(path, [{"name": "half"}])  # refused: what was read before stays
             service.reloader.now()
             assert (await first.ask(2)).sequence == 2
+
+    run(test)
+
+
+async def watching(channel, name):
+    """A WatchEngine stream that has begun."""
+    stub = tuner_pb2_grpc.TunerServiceStub(channel)
+    request = pb.WatchEngineRequest(interval_ms=200)
+    call = stub.WatchEngine(request, metadata=bearer(name))
+    await call.read()
+    return call
+
+
+def test_a_watcher_whose_token_is_taken_away_or_means_less_is_ended_and_no_other(tmp_path, access):
+    second = {"name": "second", "role": "viewer", "token": TOKENS["other"]}
+    path = write_clients(tmp_path / "access.yaml", clients(second))
+    less = [{**c, "role": "engine"} if c["name"] == "admin" else c for c in clients()]
+
+    async def test():
+        async with (
+            serving(default=STATIC, access=access) as service,
+            channel_to(service) as channel,
+        ):
+            viewer, second, admin = [
+                await watching(channel, name) for name in ("viewer", "other", "admin")
+            ]
+            write_clients(path, less)
+            service.reloader.now()
+            for call, name in ((second, "second"), (admin, "admin")):
+                assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+                assert await call.details() == f"{name} is no longer known, or known otherwise"
+            await Engine(channel, TOKENS["fleet"]).begin()
+            assert [e.id.engine for e in (await viewer.read()).engines] == ["node-1:77"]
+            assert len(service._tuner.watchers) == 1
+
+    run(test)
+
+
+def test_a_watcher_that_does_not_read_is_ended_too(tmp_path, access):
+    path = tmp_path / "access.yaml"
+    narrow = [("grpc.http2.bdp_probe", 0)]  # little is under way to who does not read
+
+    async def test():
+        async with (
+            serving(default=STATIC, access=access) as service,
+            grpc.aio.insecure_channel(str(service.address), options=narrow) as channel,
+        ):
+            for number in range(1000):
+                message = hello(engine=f"node-{number}", model_name="m" * 120)
+                service.sessions.open(message, Caller("fleet", Role.ENGINE), None)
+            watcher = await watching(channel, "viewer")
+            await asyncio.sleep(0.5)
+            write_clients(path, [c for c in clients() if c["name"] != "viewer"])
+            service.reloader.now()
+            while service._tuner.watchers:
+                await asyncio.sleep(0.01)
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                while await watcher.read() is not grpc.aio.EOF:
+                    pass
+            assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+    run(test)
+
+
+def test_a_token_taken_away_before_the_hello_opens_no_session(tmp_path, access, monkeypatch):
+    admitted = []
+    admit = Gate.admit
+
+    def noted(*args, **options):
+        admitted.append(admit(*args, **options))
+        return admitted[-1]
+
+    monkeypatch.setattr(Gate, "admit", noted)
+
+    async def test():
+        async with (
+            serving(default=STATIC, access=access) as service,
+            channel_to(service) as channel,
+        ):
+            late = Engine(channel, TOKENS["fleet"])
+            while not admitted:
+                await asyncio.sleep(0.01)
+            write_clients(tmp_path / "access.yaml", clients()[1:])
+            service.reloader.now()
+            while not service.meters.reloads["ok"]:
+                await asyncio.sleep(0.01)
+            await late.send(hello=hello())
+            code, text = await late.status()
+            assert code is grpc.StatusCode.UNAUTHENTICATED
+            assert text == "fleet is no longer known, or known otherwise"
+            assert len(service.sessions) == 0
+
+    run(test)
+
+
+def test_a_file_of_clients_that_makes_no_sense_does_not_keep_the_next_from_counting(
+    tmp_path, access
+):
+    path = tmp_path / "access.yaml"
+
+    async def test():
+        async with (
+            serving(default=STATIC, access=access) as service,
+            channel_to(service) as channel,
+        ):
+            watcher = await watching(channel, "viewer")
+            for number, text in enumerate(("1: x\nclient: []", "clients: 2026-13-45"), start=1):
+                path.write_text(text)
+                service.reloader.now()
+                while service.meters.reloads["failed"] < number:
+                    await asyncio.sleep(0.01)
+            write_clients(path, [c for c in clients() if c["name"] != "viewer"])
+            service.reloader.now()
+            assert await watcher.code() is grpc.StatusCode.UNAUTHENTICATED
 
     run(test)
 
