@@ -110,8 +110,14 @@ def planted(rng: np.random.Generator, *, gains: bool) -> list[Tried]:
     return found
 
 
-@pytest.mark.parametrize("gains", [True, False])
-def test_an_agent_imitates_what_gains_and_stays_at_its_base_otherwise(tmp_path: Path, gains: bool):
+@pytest.mark.parametrize(
+    ("gains", "attained", "imitates"),
+    [(True, [0.5, 0.6], True), (True, [0.6, 0.5], False), (False, [], False)],
+    ids=["gains", "gains in the search only", "gains nothing"],
+)
+def test_an_agent_imitates_what_gains_and_stays_at_its_base_otherwise(
+    tmp_path: Path, gains: bool, attained: list[float], imitates: bool
+):
     config = small_config(tmp_path, search_episodes=12)
     folder = RunFolder(tmp_path / "run")
     folder.create(config)
@@ -120,17 +126,25 @@ def test_an_agent_imitates_what_gains_and_stays_at_its_base_otherwise(tmp_path: 
     for number, episode in enumerate(planted(np.random.default_rng(3), gains=gains)):
         episode.save(kept / f"{SEARCH_SEED + number}.npz")
     model = build_model("ppo", config.hyperparameters, build_vector(config.recipe, 1), seed=0)
-    report = start_from_search(model, config, folder, silent, StopRequest())
+    plays = iter(attained)
+    report = start_from_search(model, config, folder, silent, StopRequest(), lambda: next(plays))
     assert report is not None
+    assert list(plays) == []
     written = json.loads((folder.path / "search.json").read_text())
     assert written["expected_gain"] == report.expected_gain
     action, _ = model.predict(np.zeros(26, np.float32), deterministic=True)
+    assert report.imitates == imitates
     if gains:
         assert report.expected_gain == pytest.approx(0.45, abs=0.05)  # 30 more, and 30 fewer late
-        np.testing.assert_allclose(action, ACTIONS[4], atol=0.1)
-        assert report.to_text().startswith("imitates the best: of 9 steady actions")
+        assert (written["base_attainment"], written["attainment"]) == tuple(attained)
     else:
         assert report.imitation_error is None
+    if imitates:
+        np.testing.assert_allclose(action, ACTIONS[4], atol=0.1)
+        assert report.to_text().startswith(
+            "imitates the best (60.0% in target, the base 50.0%): of 9"
+        )
+    else:
         np.testing.assert_allclose(action, [0.0, 0.0], atol=0.05)
 
 
@@ -146,7 +160,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_search(
         stopped.asked_at = 0.0
 
     model = build_model("ppo", config.hyperparameters, build_vector(config.recipe, 1), seed=0)
-    assert start_from_search(model, config, folder, stop_after_one, stopped) is None
+    assert start_from_search(model, config, folder, stop_after_one, stopped, lambda: 0.0) is None
     (kept,) = (folder.path / "search").iterdir()
     content = kept.read_bytes()
 

@@ -4,7 +4,9 @@ Each of so many episodes is played under every one of a few actions, the same in
 same engine, same requests, same noise. What each gained over the neutral action is predicted from
 what was seen in the episode (`batchpilot.agents.training.gain_model`), and the agent imitates the
 action with the best prediction, which is the neutral one where none is better. It does so only if
-that gains something in episodes the prediction had not seen; else it stays at its base.
+that gains something in episodes the prediction had not seen; else it stays at its base. The
+prediction looks at a whole episode, the agent at a moment: so the agent that has learned to imitate
+plays the episodes that choose the model, and stays at its base too if it does worse there.
 
 Why: what an action does to a request shows seconds later, and an agent that tries another one every
 second sees the sum of them all. One that stays shows its whole effect, and so that of a regime:
@@ -15,7 +17,8 @@ Limitations: what pays for a moment only is not found here. That is for the trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +104,9 @@ class SearchReport(NamedTuple):
         expected_gain: Of the chosen actions, each episode's by a model of the others.
         expected_gain_error: Its standard error.
         penalty: Of the model.
-        imitation_error: Mean squared error of the agent's actions; None where it stays at the base.
+        imitation_error: Mean squared error of the agent's actions; None where it did not imitate.
+        base_attainment: Of the base policy, in the episodes that choose the model; None likewise.
+        attainment: Of the imitating agent in the same.
     """
 
     episodes: int
@@ -112,11 +117,22 @@ class SearchReport(NamedTuple):
     expected_gain: float
     expected_gain_error: float
     penalty: float
-    imitation_error: float | None
+    imitation_error: float | None = None
+    base_attainment: float | None = None
+    attainment: float | None = None
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the agent starts from what was found."""
+        if self.attainment is None or self.base_attainment is None:
+            return False
+        return self.attainment >= self.base_attainment
 
     def to_text(self) -> str:
         """The finding in a line."""
-        start = "stays at its base" if self.imitation_error is None else "imitates the best"
+        start = "imitates the best" if self.imitates else "stays at its base"
+        if self.attainment is not None:
+            start += f" ({self.attainment:.1%} in target, the base {self.base_attainment:.1%})"
         return (
             f"{start}: of {len(self.chosen)} steady actions, chosen by what is seen, expected gain "
             f"{self.expected_gain:+.1%} of the requests in {self.episodes} episodes, standard "
@@ -131,10 +147,12 @@ def start_from_search(
     folder: RunFolder,
     progress: Progress,
     stop: StopRequest,
+    attain: Callable[[], float],
 ) -> SearchReport | None:
     """Plays the episodes, and fits the model's mean action to what is best in them.
 
-    That is done where the expected gain is above twice its standard error.
+    That is done where the expected gain is above twice its standard error, and undone where the
+    model then attains less than before.
 
     Episodes are kept in the folder as they end, so that a search that was stopped goes on.
 
@@ -144,6 +162,7 @@ def start_from_search(
         folder: Of the run.
         progress: Hears of each episode.
         stop: Ends the search when set.
+        attain: Plays other episodes with the model; the share of requests inside their targets.
 
     Returns:
         What was found, also written to `search.json`; None where it was stopped.
@@ -161,7 +180,7 @@ def start_from_search(
     except _Stopped:
         return None
     episodes = [Tried.load(path) for path in files.values()]
-    report = _imitate(model, episodes, env_parameters(config).slo_weight, config.run.seed)
+    report = _imitate(model, episodes, env_parameters(config).slo_weight, config.run.seed, attain)
     folder.write_json("search.json", {"actions": ACTIONS, **report._asdict()})
     progress(0, report.to_text())
     return report
@@ -229,7 +248,11 @@ def _play(vector: VecEnv, action: tuple[float, float], seed: int) -> tuple[Episo
 
 
 def _imitate(
-    model: BaseAlgorithm, episodes: Sequence[Tried], slo_weight: float, seed: int
+    model: BaseAlgorithm,
+    episodes: Sequence[Tried],
+    slo_weight: float,
+    seed: int,
+    attain: Callable[[], float],
 ) -> SearchReport:
     gains = np.array([tried.gains(slo_weight) for tried in episodes])
     under_base = np.array([tried.seen[0].mean(axis=0, dtype=np.float64) for tried in episodes])
@@ -237,8 +260,14 @@ def _imitate(
     report = _report(gains, predicted)
     if report.expected_gain <= _SURE * report.expected_gain_error:
         return report
+    at_base, base_attainment = copy.deepcopy(model.policy.state_dict()), attain()
     error = fit_mean_action(model, _demonstrations(episodes, predicted), seed=seed)
-    return report._replace(imitation_error=round(error, 6))
+    report = report._replace(
+        imitation_error=round(error, 6), base_attainment=base_attainment, attainment=attain()
+    )
+    if not report.imitates:
+        model.policy.load_state_dict(at_base)
+    return report
 
 
 def _demonstrations(episodes: Sequence[Tried], predicted: Gains) -> Demonstrations:
@@ -264,5 +293,4 @@ def _report(gains: npt.NDArray[np.float64], predicted: Gains) -> SearchReport:
         expected_gain=round(float(expected.mean()), 5),
         expected_gain_error=round(float(expected.std(ddof=1) / count**0.5), 5),
         penalty=predicted.penalty,
-        imitation_error=None,
     )

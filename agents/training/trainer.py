@@ -73,14 +73,20 @@ def train(
         chance = _go_on(model, folder) if begun else None
         if experience is not None and not begun:
             warm_start_model(model, experience, config, progress)
+
+        def evaluate() -> Evaluation:
+            return evaluate_agent(model, held_out, config.run.eval_episodes)
+
         if config.run.search_episodes and not begun:
-            report = start_from_search(model, config, folder, progress, stop)
+            report = start_from_search(
+                model, config, folder, progress, stop, lambda: evaluate().mean("slo_attainment")
+            )
             if report is None:
                 return TrainingResult(0, finished=False, best=None)
         model.set_logger(_logger(folder))
         between = BetweenRollouts(
             folder,
-            lambda: evaluate_agent(model, held_out, config.run.eval_episodes),
+            evaluate,
             evaluations=Rhythm(config.run.eval_every, is_on=config.recipe.kind != "live"),
             checkpoints=Rhythm(config.run.checkpoint_every),
             stop=stop,
