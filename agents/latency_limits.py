@@ -15,9 +15,8 @@ from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
 #: The target is aimed at from below by so many standard deviations of the step time's noise, once
 #: the late gaps are spent.
 NOISE_MARGIN = 2.0
-#: The largest batch by no more than this share of it: it decides on the mean gap of a request, out
-#: of which noise averages; prefill decides on single gaps. Chosen on a live CPU engine.
-MOST_BATCH_MARGIN = 0.125
+#: Tokens of an answer, until lengths are known.
+UNKNOWN_OUTPUT = 64.0
 #: The model is trusted once its stated error where it would work, and the mean of its innovations,
 #: are below the first, and doubted again once one of them is above the second; and never while the
 #: noise is above the third.
@@ -92,8 +91,10 @@ class LatencyLimits:
 
         prefill = max(chunk, largest P with t(D, P, K, S) <= tau / (1 + 2 u sigma))
         largest batch = largest b with t(b, min(chunk, b p / E[out]), b kappa)
-            <= tau / (1 + min(2 u sigma, `MOST_BATCH_MARGIN`))
+            <= tau / (1 + 2 u sigma / sqrt(E[out]))
 
+    since the batch decides on the mean gap of an answer, out of which noise averages, and prefill
+    on single gaps;
     where S follows from P, from where the oldest prompt stands, and from E[in]: later chunks of a
     long prompt attend to more, and take longer;
     where p is what of the mean prompt E[in] must be computed, the rest being cached, and b p /
@@ -282,7 +283,7 @@ class LatencyLimits:
         context = snapshot.used_blocks * snapshot.engine.block_size / snapshot.running
         lengths = self._lengths.latest
         if lengths is None:
-            return _Load(context, math.inf, 0.0, 1.0)
+            return _Load(context, math.inf, 0.0, UNKNOWN_OUTPUT)
         self._prompt_tokens = lengths.prompt_mean
         if self._slow_steps is not None:
             self._slow_steps.set_life(lengths.mean)
@@ -293,7 +294,7 @@ class LatencyLimits:
 
     def _largest_batch(self, snapshot: EngineSnapshot, load: _Load) -> int:
         """The largest b whose step, with the prefill that b sequences bring, is within the time."""
-        aim = self._target / (1 + min(self._margin(), MOST_BATCH_MARGIN))
+        aim = self._target / (1 + self._margin() / math.sqrt(load.output))
         fits, too_many = 1, snapshot.engine.startup_limits.max_num_seqs + 1
         while too_many - fits > 1:
             tried = (fits + too_many) // 2

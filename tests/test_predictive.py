@@ -157,7 +157,7 @@ def test_once_gaps_were_late_noise_keeps_single_steps_further_below_the_target_t
         batches.append(SECONDS(batch, 64, batch * 500))
         policy.observe(step(decodes, int(rng.choice([0, 400])), noise))
     assert np.mean(singles[-300:]) < 0.8 * 0.014
-    assert 0.85 * 0.014 < np.mean(batches[-300:]) < 0.95 * 0.014
+    assert 0.9 * 0.014 < np.mean(batches[-300:]) < 0.99 * 0.014  # noise averages out of 64 tokens
 
 
 def test_sequences_that_seldom_prefill_may_be_more():
