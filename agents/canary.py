@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -34,6 +35,9 @@ class CanaryParameters(Parameters):
     )
     windows: int = parameter(
         600, minimum=2, help="busy windows of the canary after which it is promoted"
+    )
+    median_busy_seconds: float = parameter(
+        300.0, minimum=0, help="busy seconds of its median engine before it is promoted"
     )
     confidence: float = parameter(
         0.99, above=0.5, below=1, help="that the canary is worse, before it is rolled back"
@@ -94,17 +98,24 @@ class Side:
         good: Tokens in time per second of a running or waiting sequence; see `window_scores`.
         recomputed: Share of the computed tokens that preemptions threw away.
         errors: Decisions that failed.
+        busy_seconds: Time of the steps of each engine and rank.
     """
 
     late: _Mean = field(default_factory=_Mean)
     good: _Mean = field(default_factory=_Mean)
     recomputed: _Mean = field(default_factory=_Mean)
     errors: int = 0
+    busy_seconds: dict[tuple[str, int], float] = field(default_factory=dict)
 
     @property
     def windows(self) -> int:
         """Busy windows so far."""
         return self.good.count
+
+    @property
+    def median_busy_seconds(self) -> float:
+        """How long an engine of this side has worked: half of them have longer."""
+        return statistics.median(self.busy_seconds.values()) if self.busy_seconds else 0.0
 
 
 class Canary:
@@ -117,8 +128,10 @@ class Canary:
 
         z = (difference - most_loss) / sqrt(se_canary^2 + se_control^2)  >  PhiInv(confidence)
 
-    or where more than `most_errors` of its decisions failed. After `windows` windows without that
-    it is promoted.
+    or where more than `most_errors` of its decisions failed. Without that it is promoted after
+    `windows` windows, all engines together, once half of its engines have worked for
+    `median_busy_seconds` each: a large fleet has many windows before any engine's policy, which
+    starts cold, has learned anything.
 
     Limitations: the test is asked again with every window, so that over a long trial a false alarm
     is likelier than 1 - confidence; a rollback costs little. Windows of one engine follow each
@@ -142,14 +155,22 @@ class Canary:
         """Whether an engine is to have the new policy."""
         return is_canary(engine, share=self.params.share, salt=self._salt)
 
-    def observe(self, engine: str, window: TelemetryWindow) -> None:
-        """Takes in an engine's window; idle ones say nothing."""
+    def observe(self, engine: str, window: TelemetryWindow, rank: int = 0) -> None:
+        """Takes in a window of an engine's rank; idle ones say nothing."""
         scores = window_scores(window)
         if scores is None:
             return
         side = self.canary if self.is_canary(engine) else self.control
+        worked = side.busy_seconds.get((engine, rank), 0.0)
+        side.busy_seconds[engine, rank] = worked + window.busy_seconds
         for mean, value in zip((side.good, side.late, side.recomputed), scores, strict=True):
             mean.add(value)
+
+    def forget_all_but(self, here: Set[tuple[str, int]]) -> None:
+        """Forgets how long engines and ranks worked that are gone: one that comes back is cold."""
+        for side in (self.canary, self.control):
+            for gone in side.busy_seconds.keys() - here:
+                del side.busy_seconds[gone]
 
     def failed(self, engine: str) -> None:
         """A decision for an engine failed, or gave nothing that can be used."""
@@ -163,16 +184,16 @@ class Canary:
             self.reason = f"{canary.errors} decisions of the canary failed"
             return CanaryVerdict.ROLL_BACK
         if min(canary.windows, control.windows) < params.min_windows:
-            self.reason = "too few windows"
+            self.reason = f"too few windows: {canary.windows} with it, {control.windows} without"
             return CanaryVerdict.WAIT
         worse = next(iter(self._regressions()), None)
         if worse is not None:
             self.reason = worse
             return CanaryVerdict.ROLL_BACK
-        if canary.windows >= params.windows:
-            self.reason = f"no worse in {canary.windows} windows"
+        seconds = canary.median_busy_seconds
+        self.reason = f"no worse in {canary.windows} windows, {seconds:.0f} s of the median engine"
+        if canary.windows >= params.windows and seconds >= params.median_busy_seconds:
             return CanaryVerdict.PROMOTE
-        self.reason = "no worse so far"
         return CanaryVerdict.WAIT
 
     def _regressions(self) -> Iterable[str]:

@@ -18,7 +18,7 @@ from batchpilot.service.groups import Promotion, trial_salt
 from batchpilot.service.meters import Meters
 from batchpilot.service.promotions import Promotions
 from batchpilot.service.refusals import RefusalError
-from batchpilot.service.sessions import Session
+from batchpilot.service.sessions import Session, SessionTable
 from batchpilot.service.settings import CanarySettings
 from batchpilot.service.wire import telemetry_window
 
@@ -43,13 +43,21 @@ class Canaries:
 
     Args:
         promotions: Says which groups have a canary; ends it.
+        sessions: The engines here.
         settings: How trials are judged.
         meters: Counts the verdicts.
     """
 
-    def __init__(self, promotions: Promotions, settings: CanarySettings, meters: Meters) -> None:
+    def __init__(
+        self,
+        promotions: Promotions,
+        sessions: SessionTable,
+        settings: CanarySettings,
+        meters: Meters,
+    ) -> None:
         """Starts without a trial."""
         self._promotions = promotions
+        self._sessions = sessions
         self._settings = settings
         self._meters = meters
         self._trials: dict[str, Trial] = {}
@@ -66,7 +74,7 @@ class Canaries:
             return
         engine = session.key.engine
         if session.choice.canary == trial.canary.is_canary(engine):
-            trial.canary.observe(engine, telemetry_window(report.window))
+            trial.canary.observe(engine, telemetry_window(report.window), session.key.rank)
 
     def failed(self, session: Session) -> None:
         """A policy has failed for an engine."""
@@ -79,7 +87,9 @@ class Canaries:
         if not self._settings.judged:
             return
         self._follow(self._promotions.in_force())
+        here = self._here()
         for group, trial in list(self._trials.items()):
+            trial.canary.forget_all_but(here[group])
             verdict = trial.canary.verdict()
             if verdict is not CanaryVerdict.WAIT:
                 self._act(group, trial, verdict)
@@ -94,6 +104,14 @@ class Canaries:
                 params = replace(self._settings, share=promotion.canary_share)
                 canary = Canary(params, trial_salt(group, promotion))
                 self._trials[group] = Trial(promotion, canary)
+
+    def _here(self) -> Mapping[str, set[tuple[str, int]]]:
+        """The engines and ranks of every group with a trial that have a session now."""
+        here: dict[str, set[tuple[str, int]]] = {group: set() for group in self._trials}
+        for group, engine, rank in (session.key for session in self._sessions):
+            if group in here:
+                here[group].add((engine, rank))
+        return here
 
     def _act(self, group: str, trial: Trial, verdict: CanaryVerdict) -> None:
         policy, reason = trial.promotion.canary_policy, trial.canary.reason

@@ -96,7 +96,7 @@ class Service:
         )
         self._health = health.aio.HealthServicer()
         self._page = MetricsPage(settings.metrics, self.meters, self.sessions)
-        self._canaries = Canaries(self._promotions, settings.canary, self.meters)
+        self._canaries = Canaries(self._promotions, self.sessions, settings.canary, self.meters)
         self._recorder = _recorder(settings.storage)
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []

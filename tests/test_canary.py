@@ -27,7 +27,7 @@ BUSY = replace(
     IDLE, steps=10, busy_seconds=1.0, running_seconds=8.0, decode_tokens=400, prefill_tokens=600
 )
 ENGINES = [f"host-{number}/0" for number in range(40)]
-PARAMETERS = CanaryParameters(share=0.5, min_windows=20, windows=200)
+PARAMETERS = CanaryParameters(share=0.5, min_windows=20, windows=200, median_busy_seconds=100)
 
 
 def trial(params: CanaryParameters = PARAMETERS) -> tuple[Canary, str, str]:
@@ -78,7 +78,7 @@ def test_before_there_is_enough_to_compare_nothing_happens():
     feed(canary, new, 19, BUSY)
     feed(canary, old, 100, BUSY)
     assert canary.verdict() is CanaryVerdict.WAIT
-    assert canary.reason == "too few windows"
+    assert canary.reason == "too few windows: 19 with it, 100 without"
     for _ in range(100):
         canary.observe(new, IDLE)
     assert canary.canary.windows == 19
@@ -88,10 +88,63 @@ def test_one_that_is_as_good_is_promoted_in_the_end():
     canary, new, old = trial()
     feed(canary, new, 199, BUSY, seed=1)
     feed(canary, old, 199, BUSY, seed=2)
-    assert (canary.verdict(), canary.reason) == (CanaryVerdict.WAIT, "no worse so far")
+    assert canary.verdict() is CanaryVerdict.WAIT
+    assert canary.reason == "no worse in 199 windows, 199 s of the median engine"
     feed(canary, new, 1, BUSY)
     assert canary.verdict() is CanaryVerdict.PROMOTE
-    assert canary.reason == "no worse in 200 windows"
+    assert canary.reason == "no worse in 200 windows, 200 s of the median engine"
+
+
+def large_trial() -> tuple[Canary, list[str], str]:
+    """A canary of many engines, each of which has one window of a second."""
+    canary, _, old = trial()
+    engines = [f"host-{number}" for number in range(1000)]
+    many = [engine for engine in engines if canary.is_canary(engine)]
+    assert len(many) > PARAMETERS.windows
+    for engine in many:
+        feed(canary, engine, 1, BUSY, seed=1)
+    feed(canary, old, 200, BUSY, seed=1)
+    return canary, many, old
+
+
+def test_a_large_fleet_with_many_windows_waits_until_its_median_engine_has_worked_long_enough():
+    canary, many, _ = large_trial()
+    assert canary.verdict() is CanaryVerdict.WAIT
+    assert canary.reason == f"no worse in {len(many)} windows, 1 s of the median engine"
+    most = len(many) // 2 + 1
+    for engine in many[:most]:
+        feed(canary, engine, 98, BUSY, seed=1)
+    assert canary.verdict() is CanaryVerdict.WAIT
+    for engine in many[:most]:
+        feed(canary, engine, 1, BUSY, seed=1)
+    assert canary.verdict() is CanaryVerdict.PROMOTE
+
+
+def test_a_large_fleet_goes_back_at_once():
+    canary, many, _ = large_trial()
+    for engine in many:
+        feed(canary, engine, 2, replace(BUSY, slow_decode_tokens=400))
+    assert canary.canary.median_busy_seconds == 3.0
+    assert canary.verdict() is CanaryVerdict.ROLL_BACK
+
+
+def test_an_engine_that_waited_for_requests_has_not_tried_the_policy_meanwhile():
+    canary, new, _ = trial()
+    canary.observe(new, replace(BUSY, seconds=28_800.0))
+    assert canary.canary.median_busy_seconds == 1.0
+
+
+def test_ranks_count_their_time_apart_and_an_engine_that_has_gone_no_longer():
+    canary, new, _ = trial()
+    for rank in range(8):
+        canary.observe(new, BUSY, rank)
+    assert canary.canary.median_busy_seconds == 1.0
+    canary.observe(new, BUSY, 7)
+    canary.forget_all_but({(new, 7)})
+    assert canary.canary.median_busy_seconds == 2.0
+    assert canary.canary.windows == 9
+    canary.forget_all_but(set())
+    assert canary.canary.median_busy_seconds == 0.0
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_a_canary_decides_for_its_engines_only_until_it_is_promoted_or_ended():
     assert tried.promoted("static") == Promotion("static", "static")
 
 
-JUDGED = {"min_windows": 5, "windows": 20}
+JUDGED = {"min_windows": 5, "windows": 20, "median_busy_seconds": 2}
 
 
 async def trial(service, channel, late_on_canary):
@@ -207,6 +207,19 @@ def test_a_canary_goes_back_when_its_engines_fare_worse_and_on_when_they_do_not(
             now = service.groups.promotion("chat")
             assert (now.policy, now.canary_policy) == (policy, "")
             assert service._canaries.trials == {}
+
+    run(test)
+
+
+def test_many_engines_do_not_promote_a_policy_that_none_has_tried_for_long():
+    async def test():
+        judged = {**JUDGED, "median_busy_seconds": 300}
+        async with serving(groups=CHAT, canary=judged) as service, channel_to(service) as channel:
+            with pytest.raises(AssertionError, match="the trial has not ended"):
+                await trial(service, channel, late_on_canary=False)
+            compared = service._canaries.trials["chat"].canary
+            assert compared.canary.windows > 20
+            assert compared.canary.median_busy_seconds == 29 * 0.25
 
     run(test)
 
