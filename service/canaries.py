@@ -2,12 +2,15 @@
 
 A trial exists while its group has a canary. Only windows whose limits came from the service count:
 while an engine goes by its local policy it says nothing of either side.
+
+The hash of a server's name says which side it is on, so that in a small group one side may have
+nobody. That is a problem once it has lasted: where all servers try the policy, it is taken back.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from batchpilot.agents.canary import Canary, CanaryVerdict
@@ -25,17 +28,56 @@ from batchpilot.service.wire import telemetry_window
 logger = logging.getLogger("batchpilot.service")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Trial:
     """One group's canary.
 
     Attributes:
         promotion: What the group was given when it began.
         canary: Compares.
+        all_try: Whether all servers here try the policy, or none; None while there are both.
+        since: When that began, in monotonic seconds.
+        problem: Why nothing can be compared; empty while it can.
     """
 
     promotion: Promotion
     canary: Canary
+    all_try: bool | None = None
+    since: float = 0.0
+    problem: str = ""
+
+    def look_at_sides(self, servers: Set[str], now: float, patience_seconds: float) -> None:
+        """Notes which sides have servers, and what is wrong once one has lacked them for long."""
+        sides = set(map(self.canary.is_canary, servers))
+        all_try = sides.pop() if len(sides) == 1 else None
+        if all_try != self.all_try:
+            self.all_try, self.since = all_try, now
+        lasts = all_try is not None and now - self.since >= patience_seconds
+        self.problem = self._one_sided(len(servers)) if lasts else ""
+
+    def verdict(self) -> tuple[CanaryVerdict, str]:
+        """What is to be done now, and why."""
+        verdict = self.canary.verdict()
+        if verdict is CanaryVerdict.WAIT and self.problem and self.all_try:
+            return CanaryVerdict.ROLL_BACK, self.problem
+        return verdict, self.canary.reason
+
+    def _one_sided(self, servers: int) -> str:
+        """What is wrong, and how to mend it."""
+        if servers == 1:
+            return (
+                "there is only one server here, and nothing to compare it with: promote the policy "
+                "without a share, or start more servers"
+            )
+        share = f"with a share of {self.promotion.canary_share:g}"
+        if self.all_try:
+            return (
+                f"{share} all {servers} servers here try it, and there is nothing to compare them "
+                "with: promote it with a smaller share"
+            )
+        return (
+            f"{share} none of the {servers} servers here tries it: promote it with a greater share"
+        )
 
 
 class Canaries:
@@ -82,6 +124,13 @@ class Canaries:
         if trial is not None:
             trial.canary.failed(session.key.engine)
 
+    def of_promotion(self, group: str) -> Trial | None:
+        """The trial of the canary that a group has now; None before it has begun."""
+        trial = self._trials.get(group)
+        if trial is None or trial.promotion != self._promotions.in_force().get(group):
+            return None
+        return trial
+
     def judge(self) -> None:
         """Begins and ends trials as the groups have changed, and acts on what each has shown."""
         if not self._settings.judged:
@@ -90,9 +139,21 @@ class Canaries:
         here = self._here()
         for group, trial in list(self._trials.items()):
             trial.canary.forget_all_but(here[group])
-            verdict = trial.canary.verdict()
+            self._look_at_sides(group, trial, {engine for engine, _ in here[group]})
+            verdict, reason = trial.verdict()
             if verdict is not CanaryVerdict.WAIT:
-                self._act(group, trial, verdict)
+                self._act(group, trial, verdict, reason)
+        self._meters.canary_problems = {
+            group: bool(trial.problem) for group, trial in self._trials.items()
+        }
+
+    def _look_at_sides(self, group: str, trial: Trial, servers: Set[str]) -> None:
+        before = trial.problem
+        patience_seconds = self._settings.one_sided_seconds
+        trial.look_at_sides(servers, self._sessions.clock(), patience_seconds)
+        if trial.problem and not before and not trial.all_try:  # else the rollback says it
+            policy = trial.promotion.canary_policy
+            logger.warning("group %s: canary %s: %s", group, policy, trial.problem)
 
     def _follow(self, promotions: Mapping[str, Promotion]) -> None:
         tried = {group: p for group, p in promotions.items() if p.canary_policy}
@@ -113,8 +174,8 @@ class Canaries:
                 here[group].add((engine, rank))
         return here
 
-    def _act(self, group: str, trial: Trial, verdict: CanaryVerdict) -> None:
-        policy, reason = trial.promotion.canary_policy, trial.canary.reason
+    def _act(self, group: str, trial: Trial, verdict: CanaryVerdict, reason: str) -> None:
+        policy = trial.promotion.canary_policy
         try:
             if verdict is CanaryVerdict.PROMOTE:
                 self._promotions.promote(group, policy, 1.0)

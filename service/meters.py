@@ -48,6 +48,7 @@ class Meters:
         errors: Calls that ended with an error, by method and status code.
         refusals: What was refused, by reason.
         verdicts: Trials that ended by themselves, by group and verdict.
+        canary_problems: Whether a trial under way has nothing to compare, by group.
         reloads: Files read again, by `ok` or `failed`.
         started_at: Seconds since 1970.
     """
@@ -61,6 +62,7 @@ class Meters:
         self.errors: Counter[tuple[str, str]] = Counter()
         self.refusals: Counter[str] = Counter()
         self.verdicts: Counter[tuple[str, str]] = Counter()
+        self.canary_problems: dict[str, bool] = {}
         self.reloads: Counter[str] = Counter()
         self.started_at = time.time()
         self._groups: set[str] = set()

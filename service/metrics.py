@@ -156,6 +156,14 @@ def _totals(meters: Meters) -> Iterator[Any]:
         ("group", "verdict"),
         meters.verdicts,
     )
+    problems = GaugeMetricFamily(
+        f"{PREFIX}canary_problem",
+        "1 while a trial has servers on one side only, and cannot be judged",
+        labels=("group",),
+    )
+    for group, has_problem in meters.canary_problems.items():
+        problems.add_metric((group,), has_problem)
+    yield problems
     yield _counter("reloads", "files read again", ("result",), meters.reloads)
     yield _histogram(
         "decision_seconds", "from a report that was read to its decision", meters.latency

@@ -11,6 +11,7 @@ import grpc
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
 from batchpilot.service.access import Role
+from batchpilot.service.canaries import Canaries
 from batchpilot.service.gate import Gate
 from batchpilot.service.meters import Meters
 from batchpilot.service.policy_source import PolicySource
@@ -26,13 +27,19 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
     """Answers those who look after policies."""
 
     def __init__(
-        self, gate: Gate, source: PolicySource, promotions: Promotions, meters: Meters
+        self,
+        gate: Gate,
+        source: PolicySource,
+        promotions: Promotions,
+        meters: Meters,
+        canaries: Canaries,
     ) -> None:
         """Serves the groups of one service."""
         self._gate = gate
         self._source = source
         self._promotions = promotions
         self._meters = meters
+        self._canaries = canaries
 
     async def ListPolicies(
         self, request: pb.ListPoliciesRequest, context: Any
@@ -50,7 +57,7 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
         """A group's policy."""
         async with answering("GetPolicy", context, self._meters):
             self._gate.admit(context, *_READERS)
-            return pb.GetPolicyResponse(group_policy=self._promotions.describe(request.group))
+            return pb.GetPolicyResponse(group_policy=self._describe(request.group))
 
     async def PromotePolicy(
         self, request: pb.PromotePolicyRequest, context: Any
@@ -75,7 +82,7 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
                 request.policy,
                 share,
             )
-            return pb.PromotePolicyResponse(group_policy=self._promotions.describe(group))
+            return pb.PromotePolicyResponse(group_policy=self._describe(group))
 
     async def RollBackPolicy(
         self, request: pb.RollBackPolicyRequest, context: Any
@@ -86,4 +93,17 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
             group = self._promotions.check_group(request.group)
             self._promotions.roll_back(group)
             logger.info("%s takes group %s back", caller.name, group)
-            return pb.RollBackPolicyResponse(group_policy=self._promotions.describe(group))
+            return pb.RollBackPolicyResponse(group_policy=self._describe(group))
+
+    def _describe(self, group: str) -> pb.GroupPolicy:
+        """A group's policy, and how its trial stands.
+
+        Raises:
+            RefusalError: NOT_FOUND.
+        """
+        described = self._promotions.describe(group)
+        trial = self._canaries.of_promotion(group)
+        if trial is not None:
+            described.canary_state = trial.canary.reason
+            described.canary_problem = trial.problem
+        return described

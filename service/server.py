@@ -158,7 +158,9 @@ class Service:
             self.meters,
             self._settings.limits.max_watchers,
         )
-        self._policies = PolicyServicer(self._gate, source, self._promotions, self.meters)
+        self._policies = PolicyServicer(
+            self._gate, source, self._promotions, self.meters, self._canaries
+        )
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         tuner_pb2_grpc.add_TunerServiceServicer_to_server(self._tuner, server)

@@ -130,6 +130,9 @@ class CanarySettings(CanaryParameters):
     judged: bool = parameter(
         True, help="end trials by their verdict; false leaves that to an admin"
     )
+    one_sided_seconds: float = parameter(
+        60.0, above=0, help="a trial with nobody on one side goes back, or is a problem, after it"
+    )
 
 
 @dataclass(frozen=True)

@@ -222,14 +222,16 @@ METRICS = {"bind": "127.0.0.1:0", "max_engines": 1}
 
 def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
     async def test():
+        policy = {"policy": "static:max_num_seqs=8"}
         async with (
-            serving(default={"policy": "static:max_num_seqs=8"}, metrics=METRICS) as service,
+            serving(default=policy, metrics=METRICS, canary={"judged": False}) as service,
             channel_to(service) as channel,
         ):
             engine = Engine(channel)
             await engine.begin(hello(itl_slo_ms=40.0))
             await engine.ask(1)
             await Engine(channel).begin(hello(engine="node-2:1"))
+            service.meters.canary_problems = {"chat": True}
             refused = Engine(channel)
             await refused.send(report=report(1))
             await refused.status()
@@ -258,6 +260,7 @@ def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
             assert 0 <= page["report_age_seconds"][me] < 5
             assert page["sessions"] == {(("group", "chat"),): 2}
             assert page["engines_without_series"] == {(): 1}
+            assert page["canary_problem"] == {(("group", "chat"),): 1}
             assert page["leases_total"] == {(("group", "chat"),): 1}
             assert page["clamps_total"] == {(("group", "chat"), ("reason", "below_running")): 1}
             errors = {(("code", "INVALID_ARGUMENT"), ("method", "Tune")): 1}

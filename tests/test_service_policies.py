@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import grpc
 import pyarrow.parquet as pq
@@ -9,13 +10,15 @@ import pytest
 from serving import Engine, channel_to, hello, report, run, serving
 
 from batchpilot.agents.artefact import ONNX_FILE
+from batchpilot.agents.canary import Canary
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.registry import PolicyRegistry
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
-from batchpilot.service.groups import Groups, Promotion, is_canary
+from batchpilot.service.canaries import Trial
+from batchpilot.service.groups import Groups, Promotion, is_canary, trial_salt
 from batchpilot.service.make_example_policy import write_example
-from batchpilot.service.settings import GroupSettings
+from batchpilot.service.settings import CanarySettings, GroupSettings
 from batchpilot.service.state import read_promotions, write_promotions
 from batchpilot.service.wire import EngineKey
 
@@ -220,6 +223,114 @@ def test_many_engines_do_not_promote_a_policy_that_none_has_tried_for_long():
             compared = service._canaries.trials["chat"].canary
             assert compared.canary.windows > 20
             assert compared.canary.median_busy_seconds == 29 * 0.25
+
+    run(test)
+
+
+ALL_TRY = (
+    "with a share of 0.5 all 2 servers here try it, and there is nothing to compare them with: "
+    "promote it with a smaller share"
+)
+NONE_TRIES = (
+    "with a share of 0.25 none of the 3 servers here tries it: promote it with a greater share"
+)
+ALONE = (
+    "there is only one server here, and nothing to compare it with: promote the policy without a "
+    "share, or start more servers"
+)
+
+
+def canary_of(share):
+    """A trial, and names of servers that try the policy and of those that do not."""
+    tried = Promotion("static", "static", "memory", share)
+    canary = Canary(CanarySettings(share=share), trial_salt("chat", tried))
+    names = {key.engine for key in KEYS}
+    new = sorted(filter(canary.is_canary, names))
+    return Trial(tried, canary), new, sorted(names - set(new))
+
+
+@pytest.mark.parametrize(
+    ("share", "tries", "does_not", "problem", "verdict"),
+    [
+        (0.5, 2, 0, ALL_TRY, "roll_back"),
+        (0.25, 0, 3, NONE_TRIES, "wait"),
+        (0.5, 1, 0, ALONE, "roll_back"),
+        (0.5, 0, 1, ALONE, "wait"),
+        (0.5, 1, 1, "", "wait"),
+        (0.5, 0, 0, "", "wait"),
+    ],
+)
+def test_a_trial_that_all_servers_are_in_or_none_is_none_after_a_minute(
+    share, tries, does_not, problem, verdict
+):
+    compared, new, old = canary_of(share)
+    servers = {*new[:tries], *old[:does_not]}
+    compared.look_at_sides(servers, 100.0, 60.0)
+    compared.look_at_sides(servers, 159.9, 60.0)
+    assert (compared.problem, compared.verdict()[0]) == ("", "wait")
+    compared.look_at_sides(servers, 160.0, 60.0)
+    assert (compared.problem, compared.verdict()[0]) == (problem, verdict)
+    if problem and verdict == "roll_back":
+        assert compared.verdict()[1] == problem
+
+
+def test_the_minute_begins_anew_when_a_side_gets_a_server_or_loses_its_last():
+    compared, new, old = canary_of(0.5)
+    compared.look_at_sides({old[0]}, 0.0, 60.0)
+    compared.look_at_sides({old[0]}, 60.0, 60.0)
+    assert compared.problem == ALONE
+    compared.look_at_sides({old[0], new[0]}, 61.0, 60.0)
+    assert compared.problem == ""
+    for now, problem in ((62.0, ""), (121.0, ""), (122.0, ALL_TRY)):
+        compared.look_at_sides({new[0], new[1]}, now, 60.0)
+        assert compared.problem == problem
+
+
+async def minutes_later(service, minutes=1.0):
+    """The service's clock runs ahead, and it judges before and after."""
+    service._canaries.judge()
+    service.sessions.clock = lambda: time.monotonic() + 60 * minutes
+    service._canaries.judge()
+
+
+def test_a_canary_on_every_server_is_rolled_back_and_the_log_says_why(caplog):
+    async def test():
+        async with serving(groups=CHAT) as service, channel_to(service) as channel:
+            await stub_of(channel).PromotePolicy(promotion("memory", 0.5))
+            _, new, _ = canary_of(0.5)
+            for name in new[:2]:
+                assert (await Engine(channel).begin(hello(engine=name))).policy == "memory"
+            await minutes_later(service)
+            assert service.groups.promotion("chat") == Promotion("static", "static")
+            assert service.meters.verdicts == {("chat", "roll_back"): 1}
+            assert service.meters.canary_problems == {}
+            assert f"group chat: roll_back of canary memory: {ALL_TRY}" in caplog.messages
+
+    run(test)
+
+
+def test_a_canary_on_no_server_goes_on_and_is_shown_and_logged_once(caplog):
+    async def test():
+        async with serving(groups=CHAT) as service, channel_to(service) as channel:
+            await stub_of(channel).PromotePolicy(promotion("memory", 0.25))
+            _, new, old = canary_of(0.25)
+            for name in old[:3]:
+                await Engine(channel).begin(hello(engine=name))
+            await minutes_later(service)
+            service._canaries.judge()
+            asked = pb.GetPolicyRequest(group="chat")
+            shown = (await stub_of(channel).GetPolicy(asked)).group_policy
+            assert (shown.canary_policy, shown.canary_problem) == ("memory", NONE_TRIES)
+            assert shown.canary_state == "too few windows: 0 with it, 0 without"
+            assert service.meters.canary_problems == {"chat": True}
+            assert caplog.messages.count(f"group chat: canary memory: {NONE_TRIES}") == 1
+            await Engine(channel).begin(hello(engine=new[0]))
+            service._canaries.judge()
+            assert (await stub_of(channel).GetPolicy(asked)).group_policy.canary_problem == ""
+            assert service.meters.canary_problems == {"chat": False}
+            another = service.groups.promotion("chat").with_canary("memory-peak", 0.25)
+            service.groups.set_promotions({"chat": another})
+            assert service._canaries.of_promotion("chat") is None
 
     run(test)
 

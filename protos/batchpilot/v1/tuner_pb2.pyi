@@ -372,18 +372,22 @@ class GetPolicyRequest(_message.Message):
     def __init__(self, group: _Optional[str] = ...) -> None: ...
 
 class GroupPolicy(_message.Message):
-    __slots__ = ("group", "policy", "canary_policy", "canary_share", "history")
+    __slots__ = ("group", "policy", "canary_policy", "canary_share", "history", "canary_state", "canary_problem")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     CANARY_POLICY_FIELD_NUMBER: _ClassVar[int]
     CANARY_SHARE_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
+    CANARY_STATE_FIELD_NUMBER: _ClassVar[int]
+    CANARY_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     group: str
     policy: str
     canary_policy: str
     canary_share: float
     history: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, group: _Optional[str] = ..., policy: _Optional[str] = ..., canary_policy: _Optional[str] = ..., canary_share: _Optional[float] = ..., history: _Optional[_Iterable[str]] = ...) -> None: ...
+    canary_state: str
+    canary_problem: str
+    def __init__(self, group: _Optional[str] = ..., policy: _Optional[str] = ..., canary_policy: _Optional[str] = ..., canary_share: _Optional[float] = ..., history: _Optional[_Iterable[str]] = ..., canary_state: _Optional[str] = ..., canary_problem: _Optional[str] = ...) -> None: ...
 
 class GetPolicyResponse(_message.Message):
     __slots__ = ("group_policy",)
