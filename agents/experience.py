@@ -18,7 +18,8 @@ in force at the window's end.
     startup_max_num_seqs, startup_max_num_batched_tokens
                                     the limits the engine was started with
     total_blocks, block_size        KV blocks that requests can use, and tokens per block
-    itl_slo_ms, ttft_slo_ms         latency targets; null without one
+    itl_slo_ms, ttft_slo_ms         latency targets, the engine's own or else its group's; null
+                                    without one. Slow tokens are counted by the first
     policy                          who decided: its text, with the version of a learned one
     source, reason                  of the decision
     proposed_max_num_seqs, proposed_max_num_batched_tokens

@@ -71,4 +71,5 @@ def hello(settings: HookSettings, engine: EngineIdentity) -> wire.EngineHello:
         ttft_slo_ms=settings.ttft_slo_ms,
         min_num_seqs=min(settings.min_num_seqs, engine.facts.startup_limits.max_num_seqs),
         min_prefill_chunk=settings.min_prefill_chunk,
+        follows_targets=True,
     )

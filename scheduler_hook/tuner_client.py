@@ -114,6 +114,7 @@ class TunerClient:
         self.interval_seconds = FIRST_INTERVAL_SECONDS
         self.wants_detail = False
         self.make_hello = make_hello
+        self._service_itl_slo_ms: float | None = None
         self._backoff = backoff or Backoff()
         self._targets = tuner_channel.rotation(
             tuner_channel.parse_targets(settings.service_targets)
@@ -176,15 +177,23 @@ class TunerClient:
         """
         return float(self.leases.longest_seconds * 2 ** min(self._silent_sessions, 5))
 
+    @property
+    def itl_slo_seconds(self) -> float | None:
+        """Steps longer than this are slow: the engine's own target, or else the service's."""
+        target = self.settings.itl_slo_ms or self._service_itl_slo_ms
+        return None if target is None else target / 1e3
+
     def welcomed(self, target: str, welcome: wire.Welcome) -> None:
         """The service says how to go on."""
         from batchpilot.protos.batchpilot.v1 import tuner_pb2 as wire
+        from batchpilot.scheduler_hook.tuner_wire import itl_target_ms
 
         asked = welcome.report_interval_ms / 1e3
         least = self.settings.service_min_report_seconds
         most = self.settings.service_max_report_seconds
         self.interval_seconds = min(max(asked, least), most) if asked else FIRST_INTERVAL_SECONDS
         self.wants_detail = welcome.detail == wire.DETAIL_STEPS
+        self._service_itl_slo_ms = itl_target_ms(welcome)
         if not self.stats.connected:
             self.stats.connected = True
             self.stats.sessions += 1

@@ -84,8 +84,8 @@ class TunerSession:
         """One message of the service's: checked, and counted whatever it was."""
         kind = response.WhichOneof("kind")
         if kind == "welcome":
-            self._welcome.set()
             self._client.welcomed(self._target, response.welcome)
+            self._welcome.set()  # lets reports go, which are counted as it says
         elif kind == "lease":
             offer = tuner_wire.lease_offer(response.lease)
             refusal = self._leases.accept(offer, self._client.clock())
@@ -147,7 +147,6 @@ class TunerSession:
             client.stats.reports_dropped,
         )
         remaining = lease.expires_at - now if lease is not None else 0.0
-        itl = client.settings.itl_slo_ms
         client.stats.reports_sent += 1
         return tuner_wire.report_message(
             report,
@@ -155,6 +154,6 @@ class TunerSession:
                 sequence=self._leases.sending(now),
                 dropped_reports=dropped,
                 lease_remaining_seconds=remaining if remaining > 0 else None,
-                itl_slo_seconds=None if itl is None else itl / 1e3,
+                itl_slo_seconds=client.itl_slo_seconds,
             ),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -121,6 +122,12 @@ def step_message(step: StepRecord) -> wire.StepRecord:
         prefill_squares=step.prefill_squares,
         cached_tokens=step.cached_tokens,
     )
+
+
+def itl_target_ms(message: wire.Welcome) -> float | None:
+    """The target in force; None where a service names none, or none that can be meant."""
+    target = message.itl_slo_ms  # 0 where it is absent
+    return target if 0 < target < math.inf else None  # false for NaN too
 
 
 def lease_offer(message: wire.LimitsLease) -> LeaseOffer:

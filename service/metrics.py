@@ -71,8 +71,7 @@ def _mean_itl(session: Session) -> float | None:
 
 
 def _itl_target(session: Session) -> float | None:
-    hello = session.hello
-    return hello.itl_slo_ms / 1000 if hello.HasField("itl_slo_ms") else None
+    return session.targets.itl_slo_seconds
 
 
 _SEQS, _TOKENS = "max_num_seqs", "max_num_batched_tokens"
@@ -91,7 +90,9 @@ ENGINE_GAUGES: dict[str, EngineGauge] = {
     "waiting": EngineGauge("requests waiting", _window("waiting")),
     "kv_cache_usage": EngineGauge("share of the KV blocks in use, 0 to 1", _usage),
     "itl_seconds": EngineGauge("mean inter-token latency of the newest report", _mean_itl),
-    "itl_target_seconds": EngineGauge("the engine's target for it", _itl_target),
+    "itl_target_seconds": EngineGauge(
+        "the target for it: the engine's own, or else its group's", _itl_target
+    ),
     "has_lease": EngineGauge(
         "1 while the service supplies limits, 0 when the policy has failed",
         lambda session: float(session.lease is not None),

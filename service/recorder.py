@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from batchpilot.agents.canary import is_canary as is_chosen
 from batchpilot.agents.experience import ExperienceRow
+from batchpilot.agents.features import LatencyTargets
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.decider import ShieldedDecision
 from batchpilot.service.sessions import Session
-from batchpilot.service.wire import batch_limits, telemetry_window
+from batchpilot.service.wire import batch_limits, latency_targets, telemetry_window
 
 if TYPE_CHECKING:
     from batchpilot.service.experience import ExperienceLog
@@ -47,7 +48,7 @@ class Recorder:
                 data_parallel_rank=key.rank,
                 model_name=hello.model_name,
                 facts=session.facts,
-                targets=session.targets,
+                targets=_counted_by(session),
                 window=telemetry_window(report.window),
                 policy="" if session.choice is None else session.choice.policy,
                 proposed=decided.decision.limits,
@@ -58,3 +59,11 @@ class Recorder:
                 local_limits=batch_limits(report.local_limits) if has_local else None,
             )
         )
+
+
+def _counted_by(session: Session) -> LatencyTargets:
+    """The targets of a row: older engines count slow tokens by none but their own."""
+    if session.hello.follows_targets:
+        return session.targets
+    own = latency_targets(session.hello)
+    return LatencyTargets(own.itl_slo_ms, session.targets.ttft_slo_ms)

@@ -39,7 +39,7 @@ class Session:
         caller: Who opened it.
         hello: The engine's first words.
         facts: Those of the hello.
-        targets: Those of the hello.
+        targets: Those in force: the engine's own, or else, once it is welcome, its group's.
         bucket: Its reports.
         task: The stream's; None for an entry that GetLimits opened.
         started_at: Monotonic seconds.

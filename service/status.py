@@ -29,6 +29,8 @@ def engine_status(session: Session, now: float) -> pb.EngineStatus:
         session_seconds=now - session.started_at,
         canary=session.choice is not None and session.choice.canary,
         problem=session.problem,
+        itl_slo_ms=session.targets.itl_slo_ms,
+        ttft_slo_ms=session.targets.ttft_slo_ms,
     )
     report = session.report
     if report is not None:

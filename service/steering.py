@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 
+from batchpilot.agents.features import LatencyTargets
 from batchpilot.agents.limits import BatchLimits
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.shield import SafetyBounds
@@ -20,6 +21,7 @@ from batchpilot.service.meters import Meters
 from batchpilot.service.policy_source import PolicySource
 from batchpilot.service.recorder import Recorder
 from batchpilot.service.sessions import Session
+from batchpilot.service.wire import latency_targets
 
 logger = logging.getLogger("batchpilot.service")
 
@@ -52,9 +54,11 @@ class Steering:
         """Gives the session its group's policy, fresh, and says how to go on."""
         choice = self._choose(session)
         session.choice = choice
+        session.targets = _targets(session, choice)
         detail = pb.DETAIL_WINDOW
         try:
-            built = self._source.build(choice.policy, session.key.group, _targets(session, choice))
+            shared = _shared_settings(session, choice)
+            built = self._source.build(choice.policy, session.key.group, shared)
             session.decider = Decider(built.policy, session.facts, _bounds(session, choice))
             session.problem = ""
             if built.needs_steps:
@@ -69,6 +73,8 @@ class Steering:
             report_interval_ms=choice.settings.report_interval_ms,
             detail=detail,
             policy=choice.policy,
+            itl_slo_ms=session.targets.itl_slo_ms,
+            ttft_slo_ms=session.targets.ttft_slo_ms,
         )
 
     def answer(
@@ -157,13 +163,20 @@ def _lease(report: pb.Report, choice: PolicyChoice, decided: ShieldedDecision) -
     )
 
 
-def _targets(session: Session, choice: PolicyChoice) -> dict[str, float | None]:
-    """What policies share; an engine's own targets win over its group's, its chunk is its own."""
-    own, settings = session.targets, choice.settings
+def _targets(session: Session, choice: PolicyChoice) -> LatencyTargets:
+    """An engine's own targets win over its group's."""
+    own, settings = latency_targets(session.hello), choice.settings
+    return LatencyTargets(
+        own.itl_slo_ms or settings.itl_slo_ms, own.ttft_slo_ms or settings.ttft_slo_ms
+    )
+
+
+def _shared_settings(session: Session, choice: PolicyChoice) -> dict[str, float | None]:
+    """What policies share; an engine's chunk is its own."""
     return {
-        "itl_slo_ms": own.itl_slo_ms or settings.itl_slo_ms,
-        "ttft_slo_ms": own.ttft_slo_ms or settings.ttft_slo_ms,
-        "memory_overflow_probability": settings.memory_overflow_probability,
+        "itl_slo_ms": session.targets.itl_slo_ms,
+        "ttft_slo_ms": session.targets.ttft_slo_ms,
+        "memory_overflow_probability": choice.settings.memory_overflow_probability,
         "min_prefill_chunk": max(1, session.hello.min_prefill_chunk),
     }
 

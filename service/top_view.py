@@ -103,7 +103,7 @@ def _row(key: EngineKey, status: pb.EngineStatus, since: float) -> Row:
         waiting=window.waiting,
         kv_cache_usage=window.used_blocks / max(1, hello.facts.total_blocks),
         itl_ms=1e3 * window.decode_seconds / window.decode_tokens if window.decode_tokens else None,
-        itl_slo_ms=hello.itl_slo_ms if hello.HasField("itl_slo_ms") else None,
+        itl_slo_ms=_itl_slo_ms(status),
         tokens_per_second=window.decode_tokens / window.seconds if window.seconds > 0 else 0.0,
         preemptions=window.preemptions,
         max_num_seqs=limits.max_num_seqs,
@@ -116,6 +116,12 @@ def _row(key: EngineKey, status: pb.EngineStatus, since: float) -> Row:
         canary=status.canary,
         problem=status.problem,
     )
+
+
+def _itl_slo_ms(status: pb.EngineStatus) -> float | None:
+    """The target in force; an older service tells the engine's own only."""
+    told = status if status.HasField("itl_slo_ms") else status.hello
+    return told.itl_slo_ms if told.HasField("itl_slo_ms") else None
 
 
 def _lease_seconds(status: pb.EngineStatus, since: float) -> float:

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import random
 import subprocess
 import sys
@@ -129,7 +130,9 @@ class AnswerPath:
         """An answer in good order to the newest report."""
         sequence = self.session._leases.sending(self.now)
         if chance.random() < 0.1:
-            welcome = wire.Welcome(session_id="s", report_interval_ms=250, detail=1, policy="sla")
+            welcome = wire.Welcome(
+                session_id="s", report_interval_ms=250, detail=1, policy="sla", itl_slo_ms=50.0
+            )
             return wire.TuneResponse(welcome=welcome)
         limits = wire.BatchLimits(max_num_seqs=64, max_num_batched_tokens=2048)
         lease = wire.LimitsLease(
@@ -152,6 +155,8 @@ class AnswerPath:
         interval = self.client.interval_seconds
         least, most = settings.service_min_report_seconds, settings.service_max_report_seconds
         assert least <= interval <= most, interval
+        target = self.client.itl_slo_seconds
+        assert target is None or 0 <= target < math.inf, target
         if held is not None:
             assert held.expires_at <= self.now + settings.service_max_lease_seconds
             assert 1 <= held.decision.limits.max_num_seqs <= STARTUP.max_num_seqs

@@ -462,6 +462,32 @@ def test_every_answered_report_goes_to_the_experience_log(tmp_path):
     assert (first["local_max_num_seqs"], second["local_max_num_seqs"]) == (None, 33)
 
 
+def test_a_row_names_the_target_that_its_slow_tokens_were_counted_by(tmp_path):
+    folder = tmp_path / "experience"
+
+    async def test():
+        groups = {"chat": {"policy": "static", "itl_slo_ms": 30.0, "ttft_slo_ms": 900.0}}
+        storage = {"experience": str(folder)}
+        async with (
+            serving(groups=groups, storage=storage) as service,
+            channel_to(service) as channel,
+        ):
+            for name, more in {
+                "a-follows": {"follows_targets": True},
+                "b-has-its-own": {"follows_targets": True, "itl_slo_ms": 40.0},
+                "c-older": {},
+                "d-older-with-its-own": {"itl_slo_ms": 40.0},
+            }.items():
+                engine = Engine(channel)
+                await engine.begin(hello(engine=name, **more))
+                await engine.ask(1)
+
+    run(test)
+    rows = pq.read_table(folder).to_pylist()
+    assert [row["itl_slo_ms"] for row in rows] == [30.0, 40.0, None, 40.0]
+    assert {row["ttft_slo_ms"] for row in rows} == {900.0}
+
+
 def test_of_a_fleet_a_share_can_be_recorded_with_all_its_reports(tmp_path):
     folder = tmp_path / "experience"
 

@@ -11,6 +11,8 @@ from batchpilot.agents.limits import BatchLimits, Decision, Source
 from batchpilot.agents.static import StaticParameters
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
+from batchpilot.service.metrics import ENGINE_GAUGES
+from batchpilot.service.settings import GroupSettings
 from batchpilot.service.wire import engine_key
 
 STATIC = {"policy": "static:max_num_seqs=32"}
@@ -130,6 +132,40 @@ def test_policies_that_learn_lengths_ask_for_every_step(policy, detail):
         async with serving(default={"policy": policy}) as service, channel_to(service) as channel:
             welcome = await Engine(channel).begin(hello(itl_slo_ms=50.0))
             assert welcome.detail == detail
+
+    run(test)
+
+
+def test_a_group_lends_its_targets_to_engines_that_state_none():
+    async def test():
+        default = {**STATIC, "itl_slo_ms": 40.0, "ttft_slo_ms": 900.0}
+        async with serving(default=default) as service, channel_to(service) as channel:
+            without = await Engine(channel).begin()
+            with_own = await Engine(channel).begin(hello(engine="node-2:1", itl_slo_ms=25.0))
+            assert (without.itl_slo_ms, without.ttft_slo_ms) == (40.0, 900.0)
+            assert (with_own.itl_slo_ms, with_own.ttft_slo_ms) == (25.0, 900.0)
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            engines = (await stub.ListEngines(pb.ListEnginesRequest())).engines
+            assert [(e.itl_slo_ms, e.ttft_slo_ms) for e in engines] == [(40, 900), (25, 900)]
+            assert not engines[0].hello.HasField("itl_slo_ms")
+            shown = ENGINE_GAUGES["itl_target_seconds"].read
+            assert [shown(session) for session in service.sessions] == [0.04, 0.025]
+
+    run(test)
+
+
+def test_an_engine_hears_of_another_target_of_its_group_and_of_none():
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            engine = Engine(channel)
+            assert not (await engine.begin()).HasField("itl_slo_ms")
+            service.groups.configure(GroupSettings(**STATIC, itl_slo_ms=30.0), {})
+            await engine.send(report=report(1))
+            assert (await engine.call.read()).welcome.itl_slo_ms == 30.0
+            assert (await engine.call.read()).lease.sequence == 1
+            service.groups.configure(GroupSettings(**STATIC), {})
+            await engine.send(report=report(2))
+            assert not (await engine.call.read()).welcome.HasField("itl_slo_ms")
 
     run(test)
 

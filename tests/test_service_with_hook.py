@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from certificates import Authority
@@ -101,6 +102,23 @@ def test_engines_of_a_killed_replica_move_to_the_other_before_their_leases_end(
     processes[dies].kill()
     wait_until(lambda: all(limit(engine) == stays for engine in fleet))
     assert [engine.sources[Source.FALLBACK] for engine in fleet] == before
+
+
+def test_the_group_s_target_is_what_the_engine_counts_by_and_what_is_recorded(
+    service_process, engines, tmp_path
+):
+    """Steps take 10 ms, the group allows 5, and the engine itself states nothing."""
+    path, folder = tmp_path / "service.yaml", tmp_path / "experience"
+    default = {"policy": "memory+sla", "itl_slo_ms": 5.0, "report_interval_ms": 100}
+    settings = {"default": default, "storage": {"experience": str(folder)}}
+    path.write_text(yaml.safe_dump(settings))
+    _, address = service_process("--config", str(path))
+    engines(address, "node-1")
+    wait_until(lambda: list(folder.glob("*.parquet")))
+    rows = pq.read_table(folder).to_pylist()
+    assert {row["itl_slo_ms"] for row in rows} == {5.0}
+    assert all(row["window_slow_decode_tokens"] == row["window_decode_tokens"] for row in rows)
+    assert any(row["window_decode_tokens"] for row in rows)
 
 
 def test_reports_that_bring_nothing_new_go_unanswered_and_the_lease_never_ends(

@@ -77,6 +77,13 @@ def test_what_is_not_known_is_not_made_up():
     assert "-/-" in text([row])
 
 
+def test_the_target_in_force_is_shown_and_an_older_service_tells_the_engine_s_own():
+    lent = status("a", hello=pb.EngineHello(), itl_slo_ms=50.0)
+    shown, _ = board(lent, status("b"), status("c", itl_slo_ms=25.0))
+    assert [row.itl_slo_ms for row in shown.rows()] == [50.0, 25.0, 25.0]
+    assert "30.0/50" in text(shown.rows())
+
+
 def test_engines_come_change_and_go():
     shown, _ = board(status("a"), status("b"))
     shown.take(pb.WatchEngineResponse(engines=[status("a", waiting=99)]))

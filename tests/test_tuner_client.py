@@ -132,6 +132,51 @@ def test_the_report_interval_stays_within_what_the_operator_allows(asked_ms, sec
         assert engine.client.interval_seconds == seconds
 
 
+def slow_share(own, **welcome):
+    """Of the tokens in a report, those counted as slow: every step takes 20 ms."""
+    double = Double(welcome=wire.Welcome(report_interval_ms=20, **welcome))
+    with Server(double) as server, Engine(server.target, itl_slo_ms=own) as engine:
+        assert engine.steps_until(lambda _: double.reports)
+        (said,) = double.hellos
+    assert said.follows_targets
+    assert said.HasField("itl_slo_ms") == (own is not None)
+    window = double.reports[0].window
+    return window.slow_decode_tokens / window.decode_tokens
+
+
+@pytest.mark.parametrize(
+    ("own", "welcome", "slow"),
+    [
+        (None, {"itl_slo_ms": 10.0}, 1.0),
+        (None, {"itl_slo_ms": 30.0}, 0.0),
+        (None, {}, 0.0),  # no target, or an older service
+        (30.0, {"itl_slo_ms": 10.0}, 0.0),
+        (10.0, {"itl_slo_ms": 30.0}, 1.0),
+        (10.0, {}, 1.0),
+    ],
+)
+def test_slow_tokens_are_counted_by_the_service_s_target_where_the_engine_has_none(
+    own, welcome, slow
+):
+    assert slow_share(own, **welcome) == slow
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, float("nan"), float("inf"), -float("inf")])
+def test_a_target_that_cannot_be_meant_is_none(target):
+    with Engine("localhost:1") as engine:
+        engine.client.welcomed("here", wire.Welcome(itl_slo_ms=50.0))
+        assert engine.client.itl_slo_seconds == 0.05
+        engine.client.welcomed("here", wire.Welcome(itl_slo_ms=target))
+        assert engine.client.itl_slo_seconds is None
+
+
+def test_a_replica_that_names_no_target_takes_back_that_of_another():
+    with Engine("localhost:1") as engine:
+        engine.client.welcomed("here", wire.Welcome(itl_slo_ms=50.0))
+        engine.client.welcomed("there", wire.Welcome())
+        assert engine.client.itl_slo_seconds is None
+
+
 def test_a_dead_service_costs_one_line_and_leaves_the_local_policy(log):
     with Engine("localhost:1") as engine:
         assert engine.steps_until(lambda _: engine.client.stats.failures["UNAVAILABLE"] >= 3)

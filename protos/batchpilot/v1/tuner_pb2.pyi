@@ -61,7 +61,7 @@ class EngineFacts(_message.Message):
     def __init__(self, startup_limits: _Optional[_Union[BatchLimits, _Mapping]] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., tokens_per_decode: _Optional[int] = ..., unchunked_prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class EngineHello(_message.Message):
-    __slots__ = ("id", "facts", "model_name", "vllm_version", "batchpilot_version", "itl_slo_ms", "ttft_slo_ms", "min_num_seqs", "min_prefill_chunk")
+    __slots__ = ("id", "facts", "model_name", "vllm_version", "batchpilot_version", "itl_slo_ms", "ttft_slo_ms", "min_num_seqs", "min_prefill_chunk", "follows_targets")
     ID_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class EngineHello(_message.Message):
     TTFT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
     MIN_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MIN_PREFILL_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWS_TARGETS_FIELD_NUMBER: _ClassVar[int]
     id: EngineId
     facts: EngineFacts
     model_name: str
@@ -80,7 +81,8 @@ class EngineHello(_message.Message):
     ttft_slo_ms: float
     min_num_seqs: int
     min_prefill_chunk: int
-    def __init__(self, id: _Optional[_Union[EngineId, _Mapping]] = ..., facts: _Optional[_Union[EngineFacts, _Mapping]] = ..., model_name: _Optional[str] = ..., vllm_version: _Optional[str] = ..., batchpilot_version: _Optional[str] = ..., itl_slo_ms: _Optional[float] = ..., ttft_slo_ms: _Optional[float] = ..., min_num_seqs: _Optional[int] = ..., min_prefill_chunk: _Optional[int] = ...) -> None: ...
+    follows_targets: bool
+    def __init__(self, id: _Optional[_Union[EngineId, _Mapping]] = ..., facts: _Optional[_Union[EngineFacts, _Mapping]] = ..., model_name: _Optional[str] = ..., vllm_version: _Optional[str] = ..., batchpilot_version: _Optional[str] = ..., itl_slo_ms: _Optional[float] = ..., ttft_slo_ms: _Optional[float] = ..., min_num_seqs: _Optional[int] = ..., min_prefill_chunk: _Optional[int] = ..., follows_targets: bool = ...) -> None: ...
 
 class TelemetryWindow(_message.Message):
     __slots__ = ("seconds", "steps", "busy_seconds", "slowest_step_seconds", "decode_tokens", "decode_seconds", "slow_decode_tokens", "prefill_tokens", "running_seconds", "kv_token_seconds", "peak_running", "peak_kv_tokens", "preemptions", "recomputed_tokens", "arrived", "arrived_prompt_tokens", "finished", "finished_output_tokens", "kv_bound_steps", "seqs_bound_steps", "tokens_bound_steps", "running", "waiting", "prefill_seqs", "used_blocks", "limits")
@@ -230,16 +232,20 @@ class TuneRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("session_id", "report_interval_ms", "detail", "policy")
+    __slots__ = ("session_id", "report_interval_ms", "detail", "policy", "itl_slo_ms", "ttft_slo_ms")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REPORT_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    ITL_SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     report_interval_ms: int
     detail: Detail
     policy: str
-    def __init__(self, session_id: _Optional[str] = ..., report_interval_ms: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., policy: _Optional[str] = ...) -> None: ...
+    itl_slo_ms: float
+    ttft_slo_ms: float
+    def __init__(self, session_id: _Optional[str] = ..., report_interval_ms: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., policy: _Optional[str] = ..., itl_slo_ms: _Optional[float] = ..., ttft_slo_ms: _Optional[float] = ...) -> None: ...
 
 class LimitsLease(_message.Message):
     __slots__ = ("sequence", "limits", "lease_ms", "source", "reason", "policy")
@@ -312,7 +318,7 @@ class WatchEngineResponse(_message.Message):
     def __init__(self, engines: _Optional[_Iterable[_Union[EngineStatus, _Mapping]]] = ..., gone: _Optional[_Iterable[_Union[EngineId, _Mapping]]] = ...) -> None: ...
 
 class EngineStatus(_message.Message):
-    __slots__ = ("id", "hello", "window", "binding", "applied_limits", "source", "lease", "report_age_ms", "session_seconds", "canary", "problem", "lease_age_ms")
+    __slots__ = ("id", "hello", "window", "binding", "applied_limits", "source", "lease", "report_age_ms", "session_seconds", "canary", "problem", "lease_age_ms", "itl_slo_ms", "ttft_slo_ms")
     ID_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
@@ -325,6 +331,8 @@ class EngineStatus(_message.Message):
     CANARY_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     LEASE_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    ITL_SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
     id: EngineId
     hello: EngineHello
     window: TelemetryWindow
@@ -337,7 +345,9 @@ class EngineStatus(_message.Message):
     canary: bool
     problem: str
     lease_age_ms: int
-    def __init__(self, id: _Optional[_Union[EngineId, _Mapping]] = ..., hello: _Optional[_Union[EngineHello, _Mapping]] = ..., window: _Optional[_Union[TelemetryWindow, _Mapping]] = ..., binding: _Optional[_Union[Binding, str]] = ..., applied_limits: _Optional[_Union[BatchLimits, _Mapping]] = ..., source: _Optional[str] = ..., lease: _Optional[_Union[LimitsLease, _Mapping]] = ..., report_age_ms: _Optional[int] = ..., session_seconds: _Optional[float] = ..., canary: bool = ..., problem: _Optional[str] = ..., lease_age_ms: _Optional[int] = ...) -> None: ...
+    itl_slo_ms: float
+    ttft_slo_ms: float
+    def __init__(self, id: _Optional[_Union[EngineId, _Mapping]] = ..., hello: _Optional[_Union[EngineHello, _Mapping]] = ..., window: _Optional[_Union[TelemetryWindow, _Mapping]] = ..., binding: _Optional[_Union[Binding, str]] = ..., applied_limits: _Optional[_Union[BatchLimits, _Mapping]] = ..., source: _Optional[str] = ..., lease: _Optional[_Union[LimitsLease, _Mapping]] = ..., report_age_ms: _Optional[int] = ..., session_seconds: _Optional[float] = ..., canary: bool = ..., problem: _Optional[str] = ..., lease_age_ms: _Optional[int] = ..., itl_slo_ms: _Optional[float] = ..., ttft_slo_ms: _Optional[float] = ...) -> None: ...
 
 class ListPoliciesRequest(_message.Message):
     __slots__ = ("group",)
