@@ -214,6 +214,9 @@ class Decision:
         binding: What keeps the next request out; filled in by the shield.
         is_whole: It is part of a plan over several steps, such as prompts that wait to be computed
             together: who shifts limits leaves it as it is.
+        wanted_seqs: What `max_num_seqs` would be if fewer ran. Policies decide on no less than
+            what runs, and a limit of just that does not say how far beyond it they are; None where
+            nobody knows.
     """
 
     limits: BatchLimits
@@ -221,6 +224,7 @@ class Decision:
     reason: str
     binding: Binding = Binding.NONE
     is_whole: bool = False
+    wanted_seqs: int | None = None
 
 
 def binding_constraint(

@@ -110,8 +110,9 @@ class PredictivePolicy:
             return self._decided(seqs, tokens, given_up, is_whole=given_up is CATCHES_UP)
         if not latency.is_trusted:
             return self._guarded(snapshot, latency.slow_start_tokens)
-        reason, is_whole = PEAK, False
+        reason, is_whole, wanted = PEAK, False, None
         if latency.largest_batch < seqs:
+            wanted = latency.largest_batch
             seqs = max(latency.largest_batch, snapshot.running)
             reason = OUT_OF_REACH if latency.is_out_of_reach else LARGER_BATCH
         decodes = snapshot.decode_seqs
@@ -120,10 +121,10 @@ class PredictivePolicy:
             is_whole = prefill.is_whole
             tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill.tokens)
             if not prefill.admits:
-                seqs = snapshot.running
+                seqs, wanted = snapshot.running, None
             if prefill.reason is not FITS and reason is not OUT_OF_REACH:
                 reason = prefill.reason
-        return self._decided(seqs, tokens, reason, is_whole=is_whole)
+        return self._decided(seqs, tokens, reason, is_whole=is_whole, wanted_seqs=wanted)
 
     def _guarded(self, snapshot: EngineSnapshot, prefill: int) -> Decision:
         """The guard's sequence limit, and a token budget that has kept the target so far."""
@@ -142,6 +143,7 @@ class PredictivePolicy:
         source: Source = Source.PREDICTIVE,
         *,
         is_whole: bool = False,
+        wanted_seqs: int | None = None,
     ) -> Decision:
         """The decision held, where it is the same."""
         held = self._decision
@@ -152,9 +154,12 @@ class PredictivePolicy:
             or held.reason is not reason
             or held.source is not source
             or held.is_whole is not is_whole
+            or held.wanted_seqs != wanted_seqs
         ):
             limits = BatchLimits(seqs, tokens)
-            self._decision = held = Decision(limits, source, reason, is_whole=is_whole)
+            self._decision = held = Decision(
+                limits, source, reason, is_whole=is_whole, wanted_seqs=wanted_seqs
+            )
         return held
 
 

@@ -62,6 +62,20 @@ def test_no_action_shifts_what_the_base_decides_as_a_whole(seqs: float, tokens: 
     assert GRID.to_limits(0, base, running_with(100)) == base.limits
 
 
+def test_a_step_does_not_let_in_a_share_of_those_the_step_before_let_in():
+    running, base = 40, based(40, 2048)
+    for _ in range(10):  # a base with room for 40 decides on what runs, once more do
+        base = Decision(BatchLimits(max(40, running), 2048), Source.PREDICTIVE, "", wanted_seqs=40)
+        running = RESIDUAL.to_limits((0.5, 0.0), base, running_with(running)).max_num_seqs
+    assert running == round(40 * math.sqrt(2))
+
+
+def test_a_door_shut_without_a_word_of_how_far_stays_shut():
+    shut = based(100, 2048)
+    assert RESIDUAL.to_limits((1.0, 0.0), shut, running_with(100)).max_num_seqs == 100
+    assert RESIDUAL.to_limits((1.0, 0.0), shut, running_with(99)).max_num_seqs == 200
+
+
 def test_an_action_lets_nobody_in_at_the_lowest():
     found = RESIDUAL.to_limits((-1.0, 0.0), based(100, 2048), running_with(80))
     assert found.max_num_seqs == 80

@@ -152,7 +152,7 @@ def test_every_key_of_a_manifest_is_required(tmp_path, key):
     [
         ({"schema": 2}, "schema 2; this batchpilot reads only 1"),
         ({"observation_version": 2}, "observation_version=2: this batchpilot has version 1"),
-        ({"action_version": 0}, "action_version=0: this batchpilot has version 2"),
+        ({"action_version": 0}, "action_version=0: this batchpilot has version 3"),
         ({"extra": 1}, "unknown key 'extra'"),
         ({"name": "../../etc"}, "policy name '../../etc' must be"),
         ({"name": "a/b"}, "policy name 'a/b' must be"),
