@@ -29,6 +29,8 @@ logger = logging.getLogger("vllm.batchpilot")
 LOOK_SECONDS = 0.25
 #: A service that has not said a word by then is given up.
 WELCOME_SECONDS = 5.0
+#: Steps of the reports that are sent as one after an outage; the service takes no more than 20,000.
+MOST_JOINED_STEPS = 16_384
 
 
 class TunerSession:
@@ -119,14 +121,17 @@ class TunerSession:
     def _waiting_reports(self) -> EngineReport | None:
         """All that wait, as one; None without any or without a welcome.
 
-        Once the stream is over they are left to the next one.
+        What would be more than `MOST_JOINED_STEPS` is left to the next message, and once the stream
+        is over all of it to the next stream.
         """
         if not self._welcome.is_set() or self._over:
             return None
         waiting: list[EngineReport] = []
-        with suppress(IndexError):
-            while True:
-                waiting.append(self._client.outbox.popleft())
+        outbox, steps = self._client.outbox, 0
+        with suppress(IndexError):  # the engine's thread drops the oldest of a full outbox
+            while steps + len(outbox[0].steps) <= MOST_JOINED_STEPS or not waiting:
+                waiting.append(outbox.popleft())
+                steps += len(waiting[-1].steps)
         return tuner_wire.joined(waiting) if waiting else None
 
     def _what_is_late(self) -> str:

@@ -327,6 +327,22 @@ def test_what_waits_when_a_stream_ends_goes_to_the_next():
     assert (double.reports[0].window.steps, len(waiting)) == (5, 5)
 
 
+def test_after_an_outage_no_message_holds_more_steps_than_the_service_takes(monkeypatch):
+    monkeypatch.setattr(tuner_session, "MOST_JOINED_STEPS", 2)
+    double = Double(token="another")
+    with Server(double) as server, Engine(server.target) as engine:
+        client = engine.client
+        client.interval_seconds = 0.0
+        client.start, start = lambda: None, client.start
+        for _ in range(6):
+            engine.step()
+        start()
+        assert until(lambda: client.stats.failures["UNAUTHENTICATED"] >= 1)
+        double.token = None
+        assert until(lambda: len(double.reports) >= 3)
+    assert [report.window.steps for report in double.reports[:3]] == [2, 2, 1]
+
+
 def test_reports_and_the_end_wake_the_sender_at_once(monkeypatch):
     monkeypatch.setattr(tuner_session, "LOOK_SECONDS", 60.0)
     with Server(Double()) as server:
