@@ -221,9 +221,18 @@ def load_yaml(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not YAML ({problem})") from None
+        raise ConfigError(f"{path}: not YAML ({_where_and_why(error)})") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     return mapping({} if content is None else content, where=str(path))
+
+
+def _where_and_why(error: Exception) -> str:
+    """A YAML error without the line it quotes: that may hold a token, and the text is logged."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"{getattr(error, 'problem', '')}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,7 +19,7 @@ from batchpilot.service.access import (
 from batchpilot.service.addresses import Address
 from batchpilot.service.policy_source import PolicySource
 from batchpilot.service.rates import ClientRates, TokenBucket
-from batchpilot.service.settings import parse_settings, read_settings
+from batchpilot.service.settings import load_yaml, parse_settings, read_settings
 from batchpilot.service.wire import EngineKey
 
 
@@ -66,7 +66,7 @@ def test_a_group_has_the_keys_of_default_unless_it_sets_its_own(tmp_path):
         (
             "storage: {state: 2026-13-45}",
             r"not YAML \('2026-13-45' is no timestamp \(month must be in 1..12\); "
-            "put text in quotes .* line 1, column 18",
+            "put text in quotes, line 1, column 18",
         ),
         ("? 2026-13-45\n: {}", "'2026-13-45' is no timestamp"),
         ("storage: {state: !!int x}", "'x' is no int"),
@@ -74,6 +74,8 @@ def test_a_group_has_the_keys_of_default_unless_it_sets_its_own(tmp_path):
         ("storage: {state: !!timestamp x}", "'x' is no timestamp"),
         (f"limits: {{max_sessions: {'9' * 400}}}", "9 is not a whole number"),
         ("server: {", "not YAML"),
+        ("a: b\nserver: [", "line 2, column 10"),
+        ("[" * 5000, "nested too deeply"),
         ("server: !!python/object/apply:os.system [id]", "not YAML"),
     ],
 )
@@ -83,6 +85,14 @@ def test_a_file_that_does_not_fit_is_refused_and_says_where(tmp_path, text, comp
     with pytest.raises(ConfigError, match=complaint) as refused:
         read_settings(path)
     assert str(path) in str(refused.value)
+
+
+def test_an_error_quotes_no_line_of_the_file(tmp_path):
+    path = tmp_path / "access.yaml"
+    path.write_text("token: very-secret: {")
+    with pytest.raises(ConfigError, match="not YAML") as refused:
+        load_yaml(path)
+    assert "very-secret" not in str(refused.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
