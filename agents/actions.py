@@ -10,8 +10,8 @@ decides in the same step and a the action for that limit:
 
 For tokens, the b of the last two is the base's room for prompts: its `max_num_batched_tokens`
 beyond the decodes of now. For sequences they say how many are let in, not whom to throw out: no
-action goes below what runs, nor opens a door that the base has shut without saying how far beyond
-its limit it is (`Decision.wanted_seqs`). And what the base decides as part of a plan over several
+action goes below what runs, nor opens a door where nobody knows how far beyond its limit the base
+is (`Decision.wanted_seqs`). And what the base decides as part of a plan over several
 steps stays as it is (`Decision.is_whole`): half of a plan is worse than either.
 
 A trained policy records `ACTION_VERSION`; any change of a mapping is a new version.
@@ -116,9 +116,8 @@ def _scaled(action: float, low: int, high: int) -> int:
 class ResidualScale:
     """Shifts a base policy's limits on a log scale.
 
-    Formula: max_num_seqs = base span^a, not below what runs, with the base's wanted sequences where
-    it decided on what runs, and no more than those where it does not say: else each step would let
-    in as many again;
+    Formula: max_num_seqs = base span^a, not below what runs. The base here is what it wanted, where
+    it decided on what runs: else each step would let in a share more again;
     max_num_batched_tokens = D + (base - D) span^a, with D the tokens of the decodes of now. Rounded
     to whole numbers, and kept between `lowest` and the start-up value. An action of 0 is the base's
     own limit, exactly and whatever it is; so is any action where the base's decision is whole.
@@ -355,15 +354,16 @@ def _shifted(
     """The base's limits shifted by the factors; a factor of 1 leaves a limit untouched.
 
     A base that shuts the door decides on what runs. A share more than that would let in as many
-    again in each step, so what counts is what it wanted; a door it shut without saying stays shut.
+    again in each step, so what counts is what it wanted; where that is not known the door stays
+    shut.
     """
     if base.is_whole:
         return base.limits
     engine, highest = snapshot.engine, snapshot.engine.startup_limits
     least = max(lowest.max_num_seqs, snapshot.running)
     seqs = base.limits.max_num_seqs
-    wanted = base.wanted_seqs if seqs == snapshot.running else seqs
-    if factors[0] != 1.0 and wanted is not None:
+    wanted = seqs if base.wanted_seqs is None else base.wanted_seqs
+    if factors[0] != 1.0 and wanted:
         seqs = _multiplied(wanted, factors[0], least, highest.max_num_seqs)
     tokens = base.limits.max_num_batched_tokens
     decoded = snapshot.decode_seqs * engine.tokens_per_decode

@@ -59,7 +59,9 @@ class MemorySlaPolicy:
             lesser = memory if memory.limits.max_num_seqs <= sla.limits.max_num_seqs else sla
             startup = snapshot.engine.startup_limits
             limits = BatchLimits(lesser.limits.max_num_seqs, startup.max_num_batched_tokens)
-            self._decision = Decision(limits, Source.MEMORY_SLA, lesser.reason)
+            self._decision = Decision(
+                limits, Source.MEMORY_SLA, lesser.reason, wanted_seqs=lesser.wanted_seqs
+            )
         return self._decision
 
 

@@ -214,9 +214,9 @@ class Decision:
         binding: What keeps the next request out; filled in by the shield.
         is_whole: It is part of a plan over several steps, such as prompts that wait to be computed
             together: who shifts limits leaves it as it is.
-        wanted_seqs: What `max_num_seqs` would be if fewer ran. Policies decide on no less than
-            what runs, and a limit of just that does not say how far beyond it they are; None where
-            nobody knows.
+        wanted_seqs: What `max_num_seqs` would be if fewer ran, where it is no more than what runs
+            for that reason alone; 0 where nobody knows, but the door is shut; None where the limit
+            means itself.
     """
 
     limits: BatchLimits

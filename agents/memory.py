@@ -31,7 +31,9 @@ def memory_decision(snapshot: EngineSnapshot, max_num_seqs: int, reason: str) ->
     """A memory rule's sequence limit, with N <= limit <= B_max and the start-up token budget."""
     startup = snapshot.engine.startup_limits
     limit = min(max(max_num_seqs, snapshot.running, 1), startup.max_num_seqs)
-    return Decision(BatchLimits(limit, startup.max_num_batched_tokens), Source.MEMORY, reason)
+    limits = BatchLimits(limit, startup.max_num_batched_tokens)
+    is_shut = limit == snapshot.running
+    return Decision(limits, Source.MEMORY, reason, wanted_seqs=0 if is_shut else None)
 
 
 @dataclass(frozen=True)

@@ -102,15 +102,17 @@ class PredictivePolicy:
         """Both limits of the step about to be scheduled."""
         memory, latency = self._memory.decide(snapshot), self._latency
         seqs, tokens = memory.limits.max_num_seqs, memory.limits.max_num_batched_tokens
+        wanted = memory.wanted_seqs
         if latency is None:
-            return self._decided(seqs, tokens, memory.reason)
+            return self._decided(seqs, tokens, memory.reason, wanted_seqs=wanted)
         latency.check(snapshot, self._memory.held_share)
         given_up = latency.given_up
         if given_up is not None:
-            return self._decided(seqs, tokens, given_up, is_whole=given_up is CATCHES_UP)
+            is_whole = given_up is CATCHES_UP
+            return self._decided(seqs, tokens, given_up, is_whole=is_whole, wanted_seqs=wanted)
         if not latency.is_trusted:
             return self._guarded(snapshot, latency.slow_start_tokens)
-        reason, is_whole, wanted = PEAK, False, None
+        reason, is_whole = PEAK, False
         if latency.largest_batch < seqs:
             wanted = latency.largest_batch
             seqs = max(latency.largest_batch, snapshot.running)
@@ -121,7 +123,7 @@ class PredictivePolicy:
             is_whole = prefill.is_whole
             tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill.tokens)
             if not prefill.admits:
-                seqs, wanted = snapshot.running, None
+                seqs = snapshot.running
             if prefill.reason is not FITS and reason is not OUT_OF_REACH:
                 reason = prefill.reason
         return self._decided(seqs, tokens, reason, is_whole=is_whole, wanted_seqs=wanted)
@@ -133,7 +135,8 @@ class PredictivePolicy:
         tokens, decodes = limits.max_num_batched_tokens, snapshot.decode_seqs
         if decodes:
             tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill)
-        return self._decided(seqs, tokens, COLD, Source.MEMORY_SLA)
+        wanted = 0 if seqs == snapshot.running else None
+        return self._decided(seqs, tokens, COLD, Source.MEMORY_SLA, wanted_seqs=wanted)
 
     def _decided(
         self,

@@ -151,11 +151,18 @@ class SlaPolicy:
         if self._range is None:
             self._begin(snapshot.engine.startup_limits)
         startup = snapshot.engine.startup_limits
-        limit = min(max(self._interval.middle, snapshot.decode_seqs), startup.max_num_seqs)
+        middle = self._interval.middle
+        limit = min(max(middle, snapshot.decode_seqs), startup.max_num_seqs)
+        wanted = middle if middle < limit else None
         held = self._decision
-        if held is None or held.limits.max_num_seqs != limit or held.reason != self._reason:
+        if (
+            held is None
+            or held.limits.max_num_seqs != limit
+            or held.reason != self._reason
+            or held.wanted_seqs != wanted
+        ):
             limits = BatchLimits(limit, startup.max_num_batched_tokens)
-            self._decision = held = Decision(limits, Source.SLA, self._reason)
+            self._decision = held = Decision(limits, Source.SLA, self._reason, wanted_seqs=wanted)
         return held
 
     def _begin(self, startup: BatchLimits) -> None:

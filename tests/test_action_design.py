@@ -71,9 +71,9 @@ def test_a_step_does_not_let_in_a_share_of_those_the_step_before_let_in():
 
 
 def test_a_door_shut_without_a_word_of_how_far_stays_shut():
-    shut = based(100, 2048)
+    shut = Decision(BatchLimits(100, 2048), Source.MEMORY, "", wanted_seqs=0)
     assert RESIDUAL.to_limits((1.0, 0.0), shut, running_with(100)).max_num_seqs == 100
-    assert RESIDUAL.to_limits((1.0, 0.0), shut, running_with(99)).max_num_seqs == 200
+    assert RESIDUAL.to_limits((1.0, 0.0), based(100, 2048), running_with(100)).max_num_seqs == 200
 
 
 def test_an_action_lets_nobody_in_at_the_lowest():

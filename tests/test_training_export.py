@@ -67,7 +67,7 @@ def test_the_manifest_says_how_it_was_trained(tmp_path: Path):
 def test_the_policy_acts_in_an_engine_as_the_agent_did_in_training(tmp_path: Path):
     """No training-serving skew: the same limits in every interval of an episode."""
     model, folder, config = exported(
-        tmp_path, "ppo", history=2, kv_blocks=24, arrivals="gamma:40:2"
+        tmp_path, "ppo", history=2, kv_blocks=24, arrivals="gamma:20:2"
     )
     directed = BatchLimitsEnv(**config.recipe.settings)
     seen, _ = directed.reset(seed=3)
