@@ -11,8 +11,8 @@ decides in the same step and a the action for that limit:
 For tokens, the b of the last two is the base's room for prompts: its `max_num_batched_tokens`
 beyond the decodes of now. For sequences they say how many are let in, not whom to throw out: no
 action goes below what runs, nor opens a door where nobody knows how far beyond its limit the base
-is (`Decision.wanted_seqs`). And what the base decides as part of a plan over several
-steps stays as it is (`Decision.is_whole`): half of a plan is worse than either.
+is (`Decision.wanted_seqs`). And what the base decides as part of a plan over several steps stays as
+it is (`Decision.is_whole`): half of a plan is worse than either.
 
 A trained policy records `ACTION_VERSION`; any change of a mapping is a new version.
 """
