@@ -118,11 +118,18 @@ class MemoryPeakPolicy:
             self._decision = self._idle = self._idle or startup_decision(snapshot, "nothing waits")
         elif self._decision is None or self._may_look(snapshot):
             self._decision = self._look(snapshot)
-        elif self._decision.limits.max_num_seqs != running + self._grant:
+        elif not self._says_what_is_granted(self._decision, snapshot):
             granted = running + self._grant
             reason = "peak of future memory, as last looked at"
             self._decision = memory_decision(snapshot, granted, reason)
         return self._decision
+
+    def _says_what_is_granted(self, decision: Decision, snapshot: EngineSnapshot) -> bool:
+        """Whether a decision of an earlier step still has the limit and the door of this one."""
+        granted = snapshot.running + self._grant
+        limit = min(granted, snapshot.engine.startup_limits.max_num_seqs)
+        is_shut = decision.wanted_seqs is not None
+        return decision.limits.max_num_seqs == limit and is_shut == (limit == snapshot.running)
 
     def _may_look(self, snapshot: EngineSnapshot) -> bool:
         """Whether a look is due: not where nobody could come in, nor while those granted do."""

@@ -148,6 +148,18 @@ def test_those_granted_may_come_in_over_several_steps_and_nobody_beside_them():
     assert queue.reads == 1
 
 
+def test_the_door_is_shut_as_soon_as_all_who_were_granted_are_in():
+    policy = taught(output_tokens=200)
+    queue = Queue([SequenceState(96, 190, 0)] * 40, [SequenceState(0, 0, 100)] * 60)
+    open_door = policy.decide(queue.snapshot())
+    assert open_door.wanted_seqs is None  # the limit means itself
+    queue.running = queue.running + [SequenceState(0, 0, 100)] * (
+        open_door.limits.max_num_seqs - 40
+    )
+    shut = policy.decide(queue.snapshot())  # too soon for another look
+    assert (shut.limits, shut.wanted_seqs, queue.reads) == (open_door.limits, 0, 1)
+
+
 def test_who_comes_between_two_looks_does_not_wait_for_the_next():
     policy = taught(output_tokens=200)
     queue = Queue([SequenceState(96, 100, 0)] * 10, [SequenceState(0, 0, 100)] * 2)
