@@ -122,9 +122,12 @@ train-demo: setup  ## trains an agent, compares it, serves it to a live vLLM: a 
 	  --json results/train-demo/live.json --html results/train-demo/live.html
 	$(BIN)/python -m batchpilot.agents.training.serve_demo results/train-demo/policy
 
-# Hours: every action design at small scale, then the best one at full length. It goes on where it stopped.
-train-full: setup  ## compares action designs, then trains the best one for 500,000 steps
-	$(BIN)/python -m batchpilot.agents.training.compare_designs --out results/train-full
+# Hours, and then the gate: docs/training.md has what came of it. It goes on where it stopped.
+FULL := results/train-full
+FULL_RUN := --config full --n-envs 2 --eval-every 4096 --eval-episodes 16 --test-episodes 24 --name full --out $(FULL)
+
+train-full: setup  ## trains an agent on random GPUs, loads and targets for hours
+	$(BIN)/batchpilot train --timesteps 16384 $(if $(wildcard $(FULL)/config.yaml),--resume $(FULL),$(FULL_RUN))
 
 clean:  ## remove the environment, caches and results
 	rm -rf $(VENV) .cache results build dist src/*.egg-info

@@ -1,11 +1,10 @@
-"""Trains every action design at the same small scale, and the best one at full length.
+"""Trains every action design at the same small scale, and compares what came of them.
 
-    python -m batchpilot.agents.training.compare_designs --out results/train-full
-        [--config full] [--steps 20000] [--full-steps 500000] [--variants residual:absolute:...]
+    python -m batchpilot.agents.training.compare_designs --out results/designs
+        [--config full] [--steps 20000] [--variants residual:absolute:...]
 
 A variant that is finished is not trained again, and one that was interrupted goes on. The table, on
-held-out seeds that chose no model, is printed and written to `designs.json`. Without --full-steps 0
-the best variant is then trained for as long as that says.
+held-out seeds that chose no model, is printed and written to `designs.json`.
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ def print_table(figures: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compares, then trains the best."""
+    """Compares those that are asked for."""
     parser = argparse.ArgumentParser(
         prog="python -m batchpilot.agents.training.compare_designs",
         description=__doc__,
@@ -131,7 +130,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--config", default="full", help="file or bundled family (default: full)")
     parser.add_argument("--steps", type=int, default=20_000, help="of each variant")
-    parser.add_argument("--full-steps", type=int, default=500_000, help="of the best; 0: none")
     parser.add_argument("--episodes", type=int, default=40, help="of each comparison")
     parser.add_argument("--variants", default=":".join(VARIANTS), help="names, with colons between")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
@@ -149,30 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval_every": max(1, args.steps // 2),
     }
     try:
-        figures = compare_designs(args.out, base, args.config, names, args.episodes)
-        if args.full_steps:
-            _train_best(args, figures, names)
+        compare_designs(args.out, base, args.config, names, args.episodes)
     except (ConfigError, StoppedError) as error:
         print(f"compare_designs: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _train_best(
-    args: argparse.Namespace, figures: Mapping[str, Mapping[str, float]], names: Sequence[str]
-) -> None:
-    best = max(names, key=lambda name: figures[name]["pooled_attainment"])
-    algo, settings = VARIANTS[best]
-    given = {
-        "algo": algo,
-        "timesteps": args.full_steps,
-        "seed": args.seed,
-        "n_envs": args.n_envs,
-    }
-    config = make_run_config(given, args.config, settings)
-    config = replace(config, run=replace(config.run, eval_episodes=16))
-    print(f"the best design, {best}, for {args.full_steps:,} steps", flush=True)
-    train_variant(args.out / "full", config, episodes=4 * args.episodes, name="full")
 
 
 if __name__ == "__main__":
