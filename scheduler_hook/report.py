@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.batchpilot")
 
 PUBLISH_INTERVAL_SECONDS = 1.0
+#: A target is called out of reach once so many lines in a row say so: a pause is soon forgotten.
+LINES_OUT_OF_REACH = 2
 
 #: name: (help, further label). Every name gets the prefix `batchpilot_`.
 GAUGES = {
@@ -209,7 +211,8 @@ class Reporter:
         self._server: Any = None
         self._logged_steps = 0
         self._shadow = hook.policy if isinstance(hook.policy, ShadowedPolicy) else None
-        self._told_shadow_failure = self._told_out_of_reach = False
+        self._told_shadow_failure = False
+        self._lines_out_of_reach = 0
         self._stop = threading.Event()
         if settings.metrics_port is not None or "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             client = None if link is None else link.client
@@ -280,15 +283,22 @@ class Reporter:
             hook.binding,
             hook.stats.preemptions,
         )
-        if decision.reason == OUT_OF_REACH and not self._told_out_of_reach:
-            self._told_out_of_reach = True
+        if decision.reason == OUT_OF_REACH:
+            self._lines_out_of_reach += 1
+            self._warn_out_of_reach(decision.reason)
+        elif self._lines_out_of_reach < LINES_OUT_OF_REACH:
+            self._lines_out_of_reach = 0
+        if self._shadow is not None:
+            self._log_shadow(self._shadow)
+
+    def _warn_out_of_reach(self, reason: str) -> None:
+        """Once, when so many lines in a row have said it."""
+        if self._lines_out_of_reach == LINES_OUT_OF_REACH:
             logger.warning(
                 "batchpilot: itl_slo_ms is out of reach here: %s; give one that a batch can keep, "
                 "or leave it out",
-                decision.reason,
+                reason,
             )
-        if self._shadow is not None:
-            self._log_shadow(self._shadow)
 
     def _log_shadow(self, shadow: ShadowedPolicy) -> None:
         """What the shadow would have applied; once, why it ended."""

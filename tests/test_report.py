@@ -98,15 +98,17 @@ def test_one_line_says_what_is_going_on_and_an_idle_engine_says_nothing(core, ca
     assert caplog.text == first
 
 
-def test_a_target_out_of_reach_is_told_once(core, monkeypatch):
+def test_a_target_that_stays_out_of_reach_is_told_once(core, monkeypatch):
     drive(core, random_requests(0))
     told = []
     monkeypatch.setattr(report.logger, "warning", lambda text, *values: told.append(text % values))
-    monkeypatch.setattr(core.hook, "decision", replace(core.hook.decision, reason=OUT_OF_REACH))
     reporter = Reporter(core.hook, core.hook._adapter, HookSettings())
-    for _ in range(2):
+    told_after = []
+    for reason in (OUT_OF_REACH, "within reach", *[OUT_OF_REACH] * 4):
+        monkeypatch.setattr(core.hook, "decision", replace(core.hook.decision, reason=reason))
         reporter._logged_steps = -1
         reporter._log()
+        told_after.append(len(told))
     reporter.close()
-    (text,) = told
-    assert "itl_slo_ms is out of reach here" in text
+    assert told_after == [0, 0, 0, 1, 1, 1]
+    assert "itl_slo_ms is out of reach here" in told[0]
