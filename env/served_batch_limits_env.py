@@ -40,6 +40,15 @@ class ServedEnvParameters(ServedEngineConfig):
     slow_weight: float = parameter(0.5, minimum=0, help="weight of tokens slower than the target")
     preemption_weight: float = parameter(0.2, minimum=0, help="weight of work thrown away")
 
+    def __post_init__(self) -> None:
+        """Checks that limits hold from one action to the next."""
+        super().__post_init__()
+        if self.hold_seconds < 2 * self.decision_interval_s:
+            raise ConfigError(
+                f"hold_seconds={self.hold_seconds:g} must be at least twice "
+                f"decision_interval_s={self.decision_interval_s:g}, or limits end between actions"
+            )
+
 
 class ServedBatchLimitsEnv(gymnasium.Env[Observation, Any]):
     """Steers both batch limits of a running server, in real time, by its tuning service.

@@ -56,6 +56,9 @@ class ServedEngineConfig(Parameters):
     token_file: str | None = parameter(
         None, help="bearer token: of a viewer, or of an admin to steer"
     )
+    hold_seconds: float = parameter(
+        30.0, above=0, maximum=3600, help="how long limits hold without newer ones, when steering"
+    )
     patience_seconds: float = parameter(
         30.0, above=0, help="longest time without a report, as of an idle engine"
     )
@@ -64,9 +67,9 @@ class ServedEngineConfig(Parameters):
 class ServedEngine:
     """One engine of a running server.
 
-    To steer it, its group is given fixed limits: it must be the group's only engine. Closing
-    gives the group back the policy it had. An agent that is killed outright cannot do that: the
-    group keeps the last limits, inside every shield, until it is promoted or rolled back.
+    To steer it, its group is held at fixed limits: it must be the group's only engine. Closing ends
+    that, and so does an agent that is killed or asks for nothing new: limits hold for
+    `hold_seconds`. The group's policy and history are not touched.
 
     Args:
         config: Which engine, and what may be done.
@@ -86,13 +89,9 @@ class ServedEngine:
         self._policies = PolicyServiceStub(self._channel)
         self._reports: queue.SimpleQueue[pb.EngineStatus | str] = queue.SimpleQueue()
         self._newest = b""
-        self._policy_before: str | None = None
+        self._held_at: str | None = None
         try:
             self._status = self._find()
-            if config.mode == "steer":
-                self._policy_before = self._ask(
-                    self._policies.GetPolicy, pb.GetPolicyRequest(group=config.group)
-                ).group_policy.policy
         except BaseException:
             self._channel.close()
             raise
@@ -146,17 +145,19 @@ class ServedEngine:
     def apply(self, limits: BatchLimits) -> None:
         """Asks for limits: applied when steering, kept as `shadow_limits` otherwise.
 
-        They are in force with the engine's next report, and pass the service's shield and its own.
+        They are in force with the engine's next report, for `hold_seconds` at most, and pass the
+        service's shield and its own.
 
         Raises:
             ServedEngineError: The service refuses.
         """
         self.shadow_limits = limits
         if self.config.mode == "steer":
-            self._promote(
+            self._held_at = (
                 f"static:max_num_seqs={limits.max_num_seqs}"
                 f":max_num_batched_tokens={limits.max_num_batched_tokens}"
             )
+            self._hold(self._held_at, self.config.hold_seconds)
 
     def collect(self, seconds: float) -> TelemetryWindow:
         """Lets time pass and returns what the engine reported meanwhile, as one window.
@@ -189,10 +190,10 @@ class ServedEngine:
 
     def close(self) -> None:
         """Gives the group back its policy and ends the stream; a second call does nothing."""
-        policy, self._policy_before = self._policy_before, None
+        policy, self._held_at = self._held_at, None
         try:
-            if policy is not None and self.shadow_limits is not None:
-                self._promote(policy)
+            if policy is not None:
+                self._hold(policy, 0.0)
         finally:
             self._watch.cancel()
             self._channel.close()
@@ -223,8 +224,10 @@ class ServedEngine:
         status: pb.EngineStatus = found[0]
         return status
 
-    def _promote(self, policy: str) -> None:
-        request = pb.PromotePolicyRequest(group=self.config.group, policy=policy)
+    def _hold(self, policy: str, seconds: float) -> None:
+        request = pb.PromotePolicyRequest(
+            group=self.config.group, policy=policy, hold_seconds=seconds
+        )
         self._ask(self._policies.PromotePolicy, request)
 
     def _ask(self, method: Any, request: Any) -> Any:

@@ -42,6 +42,8 @@ class Promotion:
         canary_policy: What is tried on some engines; empty without a canary.
         canary_share: The share of engines that try it.
         history: The policies before, newest last.
+        held_policy: What decides for all engines until `held_until`; empty where nothing does.
+        held_until: Unix time in seconds, which replicas share.
     """
 
     configured: str
@@ -49,20 +51,41 @@ class Promotion:
     canary_policy: str = ""
     canary_share: float = 0.0
     history: tuple[str, ...] = ()
+    held_policy: str = ""
+    held_until: float = 0.0
+
+    @property
+    def in_force(self) -> str:
+        """What decides for those that try no canary."""
+        return self.held_policy or self.policy
+
+    def held(self, policy: str, until: float) -> Promotion:
+        """With another policy for all for a while; nothing else is changed or remembered."""
+        return replace(self, held_policy=policy, held_until=until)
+
+    def released(self) -> Promotion:
+        """Without what it is held at."""
+        return replace(self, held_policy="", held_until=0.0)
 
     def promoted(self, policy: str) -> Promotion:
         """With another policy for all, the present one remembered."""
         if policy == self.policy:
-            return replace(self, canary_policy="", canary_share=0.0)
+            return replace(self.released(), canary_policy="", canary_share=0.0)
         history = (*self.history, self.policy)[-LONGEST_HISTORY:]
         return Promotion(self.configured, policy, history=history)
 
     def with_canary(self, policy: str, share: float) -> Promotion:
         """With another policy for a share of the engines."""
-        return replace(self, canary_policy=policy, canary_share=share)
+        return replace(self.released(), canary_policy=policy, canary_share=share)
 
     def rolled_back(self) -> Promotion | None:
-        """Without the canary, or else with the policy before; None if there is neither."""
+        """No longer held, or else without the canary, or else with the policy before.
+
+        Returns:
+            What it becomes; None if there is none of them.
+        """
+        if self.held_policy:
+            return self.released()
         if self.canary_policy:
             return replace(self, canary_policy="", canary_share=0.0)
         if not self.history:
@@ -122,9 +145,10 @@ class Groups:
         settings, promotion = self.settings(key.group), self._promotions.get(key.group)
         if promotion is None:
             return PolicyChoice(settings.policy, False, settings)
-        if promotion.canary_policy and is_canary(key, promotion):
+        tries_canary = promotion.canary_policy and not promotion.held_policy
+        if tries_canary and is_canary(key, promotion):
             return PolicyChoice(promotion.canary_policy, True, settings)
-        return PolicyChoice(promotion.policy, False, settings)
+        return PolicyChoice(promotion.in_force, False, settings)
 
 
 def is_canary(key: EngineKey, promotion: Promotion) -> bool:

@@ -20,6 +20,9 @@ from batchpilot.service.refusals import RefusalError, answering
 
 logger = logging.getLogger("batchpilot.service")
 
+#: Whoever holds a group for longer promotes: an agent that steers it asks again every few seconds.
+LONGEST_HOLD_SECONDS = 3600.0
+
 _READERS = (Role.VIEWER, Role.ADMIN)
 
 
@@ -73,6 +76,9 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
                     f"canary_share={share} must be above 0 and at most 1",
                 )
             group = self._promotions.check_group(request.group)
+            if request.HasField("hold_seconds"):
+                await self._hold(request, group, share, caller.name)
+                return pb.PromotePolicyResponse(group_policy=self._describe(group))
             await self._source.verify(request.policy, group)
             self._promotions.promote(group, request.policy, share)
             logger.info(
@@ -83,6 +89,30 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
                 share,
             )
             return pb.PromotePolicyResponse(group_policy=self._describe(group))
+
+    async def _hold(
+        self, request: pb.PromotePolicyRequest, group: str, share: float, caller: str
+    ) -> None:
+        """Holds a group at a policy for a while; the log tells who began it.
+
+        Raises:
+            RefusalError: INVALID_ARGUMENT: a time out of bounds, or a share. As `PromotePolicy`.
+        """
+        seconds = request.hold_seconds
+        if not 0 <= seconds <= LONGEST_HOLD_SECONDS or share != 1:
+            raise RefusalError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "invalid_message",
+                f"hold_seconds={seconds} must be 0 to {LONGEST_HOLD_SECONDS:g}, and without a "
+                f"canary_share: a group is held as a whole",
+            )
+        was_held = bool(self._promotions.describe(group).held_policy)
+        if seconds:
+            await self._source.verify(request.policy, group)
+        self._promotions.hold(group, request.policy, seconds)
+        if bool(seconds) != was_held:
+            what = f"holds group {group} at" if seconds else f"lets go of group {group}:"
+            logger.info("%s %s %s", caller, what, request.policy)
 
     async def RollBackPolicy(
         self, request: pb.RollBackPolicyRequest, context: Any

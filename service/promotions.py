@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class Promotions:
             ConfigError: It cannot be read; the promotions in force stay.
         """
         if self._path is not None:
-            self._groups.set_promotions(read_promotions(self._path))
+            self._groups.set_promotions(_current(read_promotions(self._path)))
 
     def check_group(self, group: str) -> str:
         """The group, if it exists: settings, promotions or engines here name it.
@@ -62,7 +63,7 @@ class Promotions:
 
     def policy(self, group: str) -> str:
         """A group's policy; that of the default settings for a group nobody knows."""
-        return self._groups.promotion(group).policy
+        return self._groups.promotion(group).in_force
 
     def describe(self, group: str) -> pb.GroupPolicy:
         """A group's policy and history.
@@ -77,6 +78,8 @@ class Promotions:
             canary_policy=promotion.canary_policy,
             canary_share=promotion.canary_share,
             history=promotion.history,
+            held_policy=promotion.held_policy,
+            held_seconds_left=max(0.0, promotion.held_until - time.time()),
         )
 
     def promote(self, group: str, policy: str, share: float) -> None:
@@ -88,8 +91,33 @@ class Promotions:
         now = self._groups.promotion(group)
         self._put(group, now.promoted(policy) if share == 1 else now.with_canary(policy, share))
 
+    def hold(self, group: str, policy: str, seconds: float) -> None:
+        """Holds a group at a policy for a while, or ends that with 0 seconds.
+
+        Raises:
+            RefusalError: UNAVAILABLE: as `promote`.
+        """
+        now = self._groups.promotion(group)
+        if seconds > 0:
+            self._put(group, now.held(policy, time.time() + seconds))
+        elif now.held_policy:
+            self._put(group, now.released())
+
+    def end_holds(self) -> None:
+        """Ends what has been held for its time; call it every second or so.
+
+        The state file keeps what is over until it is next written: nobody takes it up again.
+        """
+        held = {group: p for group, p in self._groups.promotions.items() if p.held_policy}
+        if not any(map(_is_over, held.values())):
+            return
+        self._groups.set_promotions(_current(self._groups.promotions))
+        for group, promotion in held.items():
+            if _is_over(promotion):
+                logger.info("group %s is no longer held at %s", group, promotion.held_policy)
+
     def roll_back(self, group: str) -> None:
-        """Ends a group's canary, or gives it the policy before.
+        """Ends what holds a group, else its canary, else gives it the policy before.
 
         Raises:
             RefusalError: FAILED_PRECONDITION: it had none. UNAVAILABLE: as `promote`.
@@ -108,7 +136,7 @@ class Promotions:
         if self._path is not None:
             try:
                 # Another replica may have promoted for another group meanwhile.
-                promotions = {**read_promotions(self._path), group: promotion}
+                promotions = {**_current(read_promotions(self._path)), group: promotion}
                 write_promotions(self._path, promotions)
             except (OSError, ConfigError) as error:
                 logger.error("promotions cannot be kept in %s: %s", self._path, error)
@@ -118,3 +146,16 @@ class Promotions:
                     "the promotion could not be kept, so it was not made; see the service's log",
                 ) from None
         self._groups.set_promotions(promotions)
+
+
+def _current(promotions: Mapping[str, Promotion]) -> dict[str, Promotion]:
+    """Without what has been held for its time."""
+    return {
+        group: promotion.released() if _is_over(promotion) else promotion
+        for group, promotion in promotions.items()
+    }
+
+
+def _is_over(promotion: Promotion) -> bool:
+    """Whether it has been held for its time."""
+    return bool(promotion.held_policy) and promotion.held_until <= time.time()

@@ -208,7 +208,7 @@ class Service:
     async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(TIDY_SECONDS)
-            for work in (self.sessions.sweep, self._canaries.judge):
+            for work in (self.sessions.sweep, self._canaries.judge, self._promotions.end_holds):
                 try:
                     work()
                 except Exception:

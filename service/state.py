@@ -37,6 +37,8 @@ def read_promotions(path: Path | None) -> dict[str, Promotion]:
                 canary_policy=str(values["canary_policy"]),
                 canary_share=float(values["canary_share"]),
                 history=tuple(map(str, values["history"])),
+                held_policy=str(values.get("held_policy", "")),
+                held_until=float(values.get("held_until", 0.0)),
             )
             for group, values in content["groups"].items()
         }

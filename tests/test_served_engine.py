@@ -120,6 +120,23 @@ def play_with_the_middle_action(env):
     return info, reward
 
 
+def test_a_server_goes_back_to_its_policy_when_its_agent_is_gone(server, target):
+    engine, seen = ServedEngine(config(target, mode="steer", hold_seconds=4.0)), []
+
+    def is_back():
+        seen.append(engine.collect(0.3).limits)
+        return BatchLimits(20, 512) in seen and seen[-1] == BatchLimits(20, 2048)
+
+    engine.apply(BatchLimits(20, 512))
+    assert until(is_back, 1.0)  # nothing more is asked for, and nobody has closed it
+    engine.close()
+
+
+def test_limits_must_hold_from_one_action_to_the_next():
+    with pytest.raises(ConfigError, match=r"hold_seconds=3 must be at least twice"):
+        gymnasium.make("batchpilot/ServedBatchLimits-v0", hold_seconds=3.0, decision_interval_s=2.0)
+
+
 def test_the_environment_steers_by_actions_and_rewards_tokens_in_time(server, target):
     env = gymnasium.make(
         registration.SERVED_ENV,

@@ -35,8 +35,10 @@ async def refused(call):
     return error.value.code(), error.value.details()
 
 
-def promotion(policy, share=None, group="chat"):
-    return pb.PromotePolicyRequest(group=group, policy=policy, canary_share=share)
+def promotion(policy, share=None, group="chat", hold=None):
+    return pb.PromotePolicyRequest(
+        group=group, policy=policy, canary_share=share, hold_seconds=hold
+    )
 
 
 def test_a_group_is_promoted_and_taken_back_without_dropping_a_stream():
@@ -77,6 +79,11 @@ def test_a_group_is_promoted_and_taken_back_without_dropping_a_stream():
         (promotion("memory", 0.0), "INVALID_ARGUMENT", "canary_share=0.0"),
         (promotion("memory", 1.5), "INVALID_ARGUMENT", "canary_share=1.5"),
         (promotion("memory", float("nan")), "INVALID_ARGUMENT", "canary_share=nan"),
+        (promotion("memory", hold=-1.0), "INVALID_ARGUMENT", "hold_seconds=-1.0"),
+        (promotion("memory", hold=1e9), "INVALID_ARGUMENT", "must be 0 to 3600"),
+        (promotion("memory", hold=float("nan")), "INVALID_ARGUMENT", "hold_seconds=nan"),
+        (promotion("memory", 0.5, hold=9.0), "INVALID_ARGUMENT", "held as a whole"),
+        (promotion("nonsense", hold=9.0), "NOT_FOUND", "no policy 'nonsense'"),
         (promotion("learned:absent@1"), "NOT_FOUND", "no policy 'absent@1' in the registry"),
         (promotion("learned:/etc/passwd"), "INVALID_ARGUMENT", "policy name"),
         (promotion("learned:../../x"), "INVALID_ARGUMENT", "policy name"),
@@ -91,6 +98,61 @@ def test_what_cannot_be_promoted_is_refused_and_changes_nothing(tmp_path, reques
             assert service.groups.promotions == {}
 
     run(test)
+
+
+def test_a_group_is_held_for_a_while_and_remembers_nothing_of_it():
+    async def test():
+        async with serving(groups=CHAT) as service, channel_to(service) as channel:
+            engine, policies = Engine(channel), stub_of(channel)
+            await engine.begin()
+            for number in (90, 80):
+                held = await policies.PromotePolicy(
+                    promotion(f"static:max_num_seqs={number}", hold=60.0)
+                )
+                assert 0 < held.group_policy.held_seconds_left <= 60
+            service._promotions.end_holds()  # as every second
+            shown = held.group_policy
+            assert (shown.policy, shown.held_policy) == ("static", "static:max_num_seqs=80")
+            await engine.send(report=report(1))
+            assert (await engine.call.read()).welcome.policy == "static:max_num_seqs=80"
+            assert (await engine.call.read()).lease.limits.max_num_seqs == 80
+            ended = await policies.PromotePolicy(promotion("", hold=0.0))
+            assert ended.group_policy == pb.GroupPolicy(group="chat", policy="static")
+
+    run(test)
+
+
+def test_what_nobody_holds_anew_ends_by_itself_at_every_replica(tmp_path):
+    storage = {"state": str(tmp_path / "state.json")}
+
+    async def test():
+        async with (
+            serving(groups=CHAT, storage=storage) as service,
+            serving(groups=CHAT, storage=storage) as replica,
+            channel_to(service) as channel,
+        ):
+            await stub_of(channel).PromotePolicy(promotion("memory", hold=60.0))
+            replica._promotions.load()
+            assert replica.groups.choose(KEYS[0]).policy == "memory"
+            await stub_of(channel).PromotePolicy(promotion("memory", hold=0.01))
+            await asyncio.sleep(0.02)
+            for each in (service, replica):
+                each._promotions.load()  # the file still has it
+                each._promotions.end_holds()
+                assert each.groups.promotion("chat") == Promotion("static", "static")
+
+    run(test)
+
+
+def test_whoever_promotes_or_rolls_back_ends_what_holds_a_group():
+    held = Promotion("static", "static", "sla", 0.5, ("memory",)).held("aimd", 1e12)
+    assert held.promoted("trtllm").in_force == "trtllm"
+    assert held.promoted("static").in_force == "static"
+    assert held.with_canary("memory", 0.1).in_force == "static"
+    assert held.rolled_back() == Promotion("static", "static", "sla", 0.5, ("memory",))
+    groups = Groups(GroupSettings(policy="static"), {})
+    groups.set_promotions({"chat": held})
+    assert {groups.choose(key).policy for key in KEYS} == {"aimd"}  # the canary's engines too
 
 
 def test_promotions_outlive_the_service_and_reach_other_replicas(tmp_path):
@@ -137,6 +199,7 @@ def test_a_damaged_state_file_is_named(tmp_path, content):
 def test_promotions_are_read_back_as_they_were_written(tmp_path):
     path = tmp_path / "state.json"
     promotions = {"chat": Promotion("static", "memory", "sla", 0.25, ("static", "memory-clt"))}
+    promotions["batch"] = Promotion("static", "static").held("memory", 1e12)
     write_promotions(path, promotions)
     assert read_promotions(path) == promotions
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]

@@ -382,7 +382,7 @@ class GetPolicyRequest(_message.Message):
     def __init__(self, group: _Optional[str] = ...) -> None: ...
 
 class GroupPolicy(_message.Message):
-    __slots__ = ("group", "policy", "canary_policy", "canary_share", "history", "canary_state", "canary_problem")
+    __slots__ = ("group", "policy", "canary_policy", "canary_share", "history", "canary_state", "canary_problem", "held_policy", "held_seconds_left")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     CANARY_POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -390,6 +390,8 @@ class GroupPolicy(_message.Message):
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     CANARY_STATE_FIELD_NUMBER: _ClassVar[int]
     CANARY_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    HELD_POLICY_FIELD_NUMBER: _ClassVar[int]
+    HELD_SECONDS_LEFT_FIELD_NUMBER: _ClassVar[int]
     group: str
     policy: str
     canary_policy: str
@@ -397,7 +399,9 @@ class GroupPolicy(_message.Message):
     history: _containers.RepeatedScalarFieldContainer[str]
     canary_state: str
     canary_problem: str
-    def __init__(self, group: _Optional[str] = ..., policy: _Optional[str] = ..., canary_policy: _Optional[str] = ..., canary_share: _Optional[float] = ..., history: _Optional[_Iterable[str]] = ..., canary_state: _Optional[str] = ..., canary_problem: _Optional[str] = ...) -> None: ...
+    held_policy: str
+    held_seconds_left: float
+    def __init__(self, group: _Optional[str] = ..., policy: _Optional[str] = ..., canary_policy: _Optional[str] = ..., canary_share: _Optional[float] = ..., history: _Optional[_Iterable[str]] = ..., canary_state: _Optional[str] = ..., canary_problem: _Optional[str] = ..., held_policy: _Optional[str] = ..., held_seconds_left: _Optional[float] = ...) -> None: ...
 
 class GetPolicyResponse(_message.Message):
     __slots__ = ("group_policy",)
@@ -406,14 +410,16 @@ class GetPolicyResponse(_message.Message):
     def __init__(self, group_policy: _Optional[_Union[GroupPolicy, _Mapping]] = ...) -> None: ...
 
 class PromotePolicyRequest(_message.Message):
-    __slots__ = ("group", "policy", "canary_share")
+    __slots__ = ("group", "policy", "canary_share", "hold_seconds")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     CANARY_SHARE_FIELD_NUMBER: _ClassVar[int]
+    HOLD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     group: str
     policy: str
     canary_share: float
-    def __init__(self, group: _Optional[str] = ..., policy: _Optional[str] = ..., canary_share: _Optional[float] = ...) -> None: ...
+    hold_seconds: float
+    def __init__(self, group: _Optional[str] = ..., policy: _Optional[str] = ..., canary_share: _Optional[float] = ..., hold_seconds: _Optional[float] = ...) -> None: ...
 
 class PromotePolicyResponse(_message.Message):
     __slots__ = ("group_policy",)

@@ -321,17 +321,20 @@ class PolicyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PromotePolicy(self, request, context):
-        """Gives a group another policy, at once or first to a share of its engines. No stream is dropped.
+        """Gives a group another policy, at once or first to a share of its engines, for good or for a while.
+        No stream is dropped.
 
-        Status: NOT_FOUND (no such group or policy), INVALID_ARGUMENT (a share outside 0 to 1, or
-        parameters that do not fit), FAILED_PRECONDITION (the artefact does not pass verification).
+        Status: NOT_FOUND (no such group or policy), INVALID_ARGUMENT (a share outside 0 to 1, a time to
+        hold outside 0 to 3600 or for a share, or parameters that do not fit), FAILED_PRECONDITION (the
+        artefact does not pass verification).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollBackPolicy(self, request, context):
-        """Takes a group back to the policy it had before the last change.
+        """Ends what a group is held at, else its canary, else takes it back to the policy it had before the
+        last change.
 
         Status: NOT_FOUND (no such group), FAILED_PRECONDITION (it has had no other).
         """
