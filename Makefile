@@ -124,10 +124,11 @@ train-demo: setup  ## trains an agent, compares it, serves it to a live vLLM: a 
 
 # Hours, and then the gate: docs/training.md has what came of it. It goes on where it stopped.
 FULL := results/train-full
-FULL_RUN := --config full --n-envs 2 --eval-every 4096 --eval-episodes 16 --test-episodes 24 --name full --out $(FULL)
+FULL_RUN := --config full --n-envs 2 --eval-every 4096 --eval-episodes 16 --out $(FULL)
 
 train-full: setup  ## trains an agent on random GPUs, loads and targets for hours
-	$(BIN)/batchpilot train --timesteps 16384 $(if $(wildcard $(FULL)/config.yaml),--resume $(FULL),$(FULL_RUN))
+	$(BIN)/batchpilot train --timesteps 16384 --test-episodes 24 --name full \
+	  $(if $(wildcard $(FULL)/config.yaml),--resume $(FULL),$(FULL_RUN))
 
 clean:  ## remove the environment, caches and results
 	rm -rf $(VENV) .cache results build dist src/*.egg-info
