@@ -10,6 +10,7 @@ both (1, state_size).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -165,7 +166,8 @@ def _read_file(path: Path, most_bytes: int) -> bytes:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise ArtefactError(f"cannot read {path.name}: {error.strerror}") from None
+        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise ArtefactError(f"cannot read {path.name}: {reason}") from None
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise ArtefactError(f"{path.name} is not a regular file")

@@ -31,7 +31,9 @@ def check_name(name: str, *, what: str) -> str:
     Raises:
         ArtefactError: It is not lower-case letters, digits, dots, dashes and underscores.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str):
+        raise ArtefactError(f"{what} {name!r} must be text, in quotes")
+    if not _NAME.fullmatch(name):
         raise ArtefactError(
             f"{what} {name!r} must be 1 to 63 lower-case letters, digits, dots, dashes or "
             "underscores, and start with a letter or digit"

@@ -209,7 +209,8 @@ class PolicyRegistry:
             if len(pointer.stack) < 2:
                 raise ArtefactError(
                     f"nothing to roll back to: policy {name!r} has {len(pointer.stack)} promoted "
-                    f"version(s) for group {group!r}"
+                    f"version(s) for group {group!r}; to go back to an analytic policy, name it "
+                    f"where learned:{name} is named"
                 )
             stack = pointer.stack[:-1]
             self.load(name, stack[-1])

@@ -104,7 +104,7 @@ class Workload:
                 raise ConfigError(
                     f"workload {self.name!r} {where}: {request.prompt_tokens} prompt + "
                     f"{request.output_tokens} output tokens are more than the {max_model_len} "
-                    "that the model allows (max_model_len)"
+                    "that the model (max_model_len) and its KV cache allow"
                 )
 
 

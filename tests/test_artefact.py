@@ -218,7 +218,7 @@ def test_links_and_pipes_are_refused(tmp_path):
     path = tmp_path / "p" / "policy.onnx"
     path.rename(tmp_path / "elsewhere.onnx")
     path.symlink_to(tmp_path / "elsewhere.onnx")
-    assert "cannot read policy.onnx: Too many levels of symbolic links" in refusal(tmp_path / "p")
+    assert "cannot read policy.onnx: it is a link" in refusal(tmp_path / "p")
     path.unlink()
     os.mkfifo(path)
     assert "policy.onnx is not a regular file" in refusal(tmp_path / "p")

@@ -116,6 +116,7 @@ HEADER = "arrival_s,input_tokens,output_tokens\n"
         (["--policies", "magic"], "unknown policy 'magic'; known: static"),
         (["--policies", "static:speed=9"], "unknown key 'speed'"),
         (["--policies", "sla"], "itl_slo_ms is required"),
+        (["--shadow", "watermark:0.05"], "shadow='watermark:0.05': a shadow decides limits"),
         (["--itl-slo-ms", "0"], "itl_slo_ms=0.0 must be greater than 0"),
         (["--itl-slo-ms=-5"], "itl_slo_ms=-5.0 must be greater than 0"),
         (["--ttft-slo-ms", "nan"], "ttft_slo_ms='nan' is not a finite number"),
@@ -133,7 +134,7 @@ HEADER = "arrival_s,input_tokens,output_tokens\n"
         (["--workload", "fixed:prompt_tokens=-1:output_tokens=5"], "prompt_tokens=-1"),
         (
             ["--workload", "fixed:prompt_tokens=9000:output_tokens=5"],
-            "9000 prompt + 5 output tokens are more than the 4096 that the model allows",
+            "9000 prompt + 5 output tokens are more than the 4096 that the model",
         ),
         (
             ["--workload", "fixed:prompt_tokens=90:output_tokens=5", "--kv-blocks", "3"],

@@ -76,10 +76,30 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(count):
     assert 0.92 * 400 <= covered <= 0.98 * 400
 
 
+def test_the_same_cell_drawn_again_and_again_is_no_standard_error():
+    gains = np.array([[0.691], [0.665], [0.62]])  # their means differ in the last digit
+    found = bootstrap_gain(gains, confidence=0.95, resamples=2000)
+    assert 0.3 < found.low < 0.62
+    assert 0.69 < found.high < 0.9
+
+
 def test_two_cells_are_judged_by_their_seeds():
     gains = np.array([[0.01, 0.02, 0.03], [0.03, 0.04, 0.05]])
     found = bootstrap_gain(gains, confidence=0.95, resamples=2000)
     assert 0.01 <= found.low < found.mean < found.high <= 0.05
+
+
+def test_two_cells_promote_nothing_however_much_better_they_are():
+    found = judge(
+        [run for run in (*runs(NEW, 1.5), *runs(OLD, 1.0)) if run.cell != "c"],
+        candidate=NEW,
+        reference=OLD,
+        analytic=(),
+        static=(),
+        rules=Rules(),
+    )
+    (check,) = [check for check in found.checks if not check.passed]
+    assert "but 2 of the 3 cells it takes to tell of others" in check.found
 
 
 def test_one_good_cell_is_no_evidence():
@@ -192,11 +212,13 @@ def test_a_gate_that_makes_no_sense_says_why(tmp_path, text, message):
 
 @pytest.fixture
 def gate(tmp_path, monkeypatch) -> Path:
-    """A registry of its own, and a gate of one small overloaded cell."""
+    """A registry of its own, and a gate of three small overloaded cells."""
     monkeypatch.setenv("BATCHPILOT_POLICIES", str(tmp_path / "policies"))
     path = tmp_path / "gate.yaml"
     path.write_text(
-        f"cells: [{CELL}]\nrounds: 2\nanalytic: [static]\ndefault_policy: static\n"
+        f"cells: [{CELL}, {CELL.replace('small', 'more').replace(':14', ':15')}, "
+        f"{CELL.replace('small', 'most').replace(':14', ':16')}]\n"
+        "rounds: 1\nanalytic: [static]\ndefault_policy: static\n"
         "static_max_num_seqs: [32]\n"
     )
     return path
@@ -212,9 +234,9 @@ def test_processes_give_the_same_to_the_last_digit_and_what_was_run_is_kept(gate
     seen = []
     found = run_gate(tasks, seen.append, workers=2, work_dir=tmp_path / "runs")
     assert found == [run_task(task) for task in tasks]
-    assert sorted(seen, key=lambda run: run.seed) == found
+    assert {run.cell: run for run in seen} == {run.cell: run for run in found}
     kept = sorted((tmp_path / "runs").iterdir())
-    assert len(kept) == 2
+    assert len(kept) == 3
     for path in kept:
         path.write_text(path.read_text().replace('"preemptions": ', '"preemptions": 7'))
     again = run_gate(tasks, seen.append, workers=1, work_dir=tmp_path / "runs")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from training_runs import ENVIRONMENT, HYPERPARAMETERS
+from tuner_double import until
 
 from batchpilot.__main__ import main
 from batchpilot.agents.artefact import load_artefact
+from batchpilot.agents.training.cli import EXIT_INTERRUPTED
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def test_a_run_leaves_everything_behind_and_goes_on(
     assert len(environment["git_commit"]) in (0, 40)
     assert environment["stable-baselines3"]
 
-    assert train("--resume", out, "--timesteps", 64, *ends) == 0
+    assert train("--resume", out, "--timesteps", 64) == 0
     assert load_artefact(out / "policy").label == "tiny@64"
     steps = [line.split(",")[0] for line in (out / "evaluations.csv").read_text().splitlines()]
     assert steps == ["step", "0", "32", "48", "64"]
@@ -63,8 +69,8 @@ def test_a_run_leaves_everything_behind_and_goes_on(
 
     # A run with no step left is compared and exported again, and nothing else.
     (out / "evaluation.json").unlink()
-    assert train("--resume", out, *ends) == 0
-    assert (out / "evaluation.json").exists()
+    assert train("--resume", out) == 0
+    assert json.loads((out / "evaluation.json").read_text())["figures"]["agent"]["episodes"] == 2
     again = [line.split(",")[0] for line in (out / "evaluations.csv").read_text().splitlines()]
     assert again == steps
 
@@ -104,6 +110,7 @@ def test_a_search_ends_with_its_best_hyperparameters(config_file: Path, tmp_path
         (("--out", "{tmp}", "--timesteps", "few"), "timesteps='few' is not a whole number"),
         (("--out", "{tmp}", "--algo", "pp"), "unknown algorithm 'pp'; known: ppo"),
         (("--out", "{tmp}", "--base-policy", "luck"), "unknown policy 'luck'"),
+        (("--out", "{tmp}", "--timesteps", "9", "--warm-start", "nosuch"), "no experience log at"),
         (("--out", "{tmp}", "--history", "0"), "history=0 must be at least 1"),
         (("--resume", "{tmp}/nowhere"), "nowhere is no run.s folder"),
     ],
@@ -132,3 +139,31 @@ def test_a_run_is_not_overwritten_nor_changed_when_it_goes_on(
     (out / "config.yaml").write_text(config.to_text())
     assert train("--resume", out, "--seed", 4) == 2
     assert "--seed cannot change when a run goes on" in capsys.readouterr().err
+    assert train("--resume", out, "--timesteps", "few") == 2
+    assert "timesteps='few' is not a whole number" in capsys.readouterr().err
+    (out / "checkpoints" / "step-0000000010").mkdir(parents=True)
+    assert train("--resume", out, "--timesteps", 8) == 2
+    assert "--timesteps 8 is less than the 10 steps that" in capsys.readouterr().err
+    assert yaml.safe_load((out / "config.yaml").read_text())["timesteps"] == 10
+
+
+def test_a_signal_to_the_whole_group_saves_too(tmp_path: Path, config_file: Path):
+    out = tmp_path / "run"
+    words = ("--config", config_file, "--timesteps", 10**6, "--n-envs", 2, "--out", out)
+    with subprocess.Popen(
+        [sys.executable, "-m", "batchpilot", "train", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert until((out / "episodes.csv").exists, 120)
+            os.killpg(process.pid, signal.SIGTERM)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == EXIT_INTERRUPTED, errors
+    assert "saves and stops at the end of this rollout" in errors
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    steps = int(checkpoint.name.removeprefix("step-"))
+    assert f"stopped at {steps} steps; go on: batchpilot train --resume {out}" in errors

@@ -36,7 +36,7 @@ def test_an_agent_trains_on_a_live_engine_and_goes_on(
     longer = replace(config, run=replace(config.run, timesteps=24))
     run, result = run_in(tmp_path / "run", longer, resume=True)
     assert (result.steps, result.finished) == (24, True)
-    agent, static = finish(longer, run, result, episodes=1, name="live")
+    agent, static = finish(longer, run, result)
     assert agent.episodes[0].inside + agent.episodes[0].missed > 0
     assert static.label == "static"
     assert load_artefact(run.path / "policy").manifest.targets.itl_slo_ms == 100

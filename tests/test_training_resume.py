@@ -135,6 +135,22 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path):
     assert flat(read_tensors(first)) == flat(read_tensors(second))
 
 
+def test_ctrl_c_in_the_last_rollout_leaves_the_rest_to_whoever_goes_on(tmp_path: Path):
+    config = small_config(tmp_path, timesteps=32, eval_every=16)
+
+    def interrupt(step: int, text: str = "") -> None:
+        if step == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = RunFolder(tmp_path / "run")
+    run.create(config)
+    result = train(config, run, interrupt)
+    assert (result.steps, result.finished) == (32, False)
+    assert run.read_rows("evaluations.csv")[-1]["step"] == 16
+    assert train(config, run, silent, resume=True).finished
+    assert run.read_rows("evaluations.csv")[-1]["step"] == 32
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run with a checkpoint at its end."""

@@ -285,7 +285,7 @@ def test_check_fits_names_the_line(trace):
         workload.check_fits(128)
     assert str(caught.value) == (
         "workload 'trace.csv' line 4: 100 prompt + 29 output tokens are more than the 128 that "
-        "the model allows (max_model_len)"
+        "the model (max_model_len) and its KV cache allow"
     )
 
 

@@ -105,6 +105,7 @@ class BetweenRollouts(BaseCallback):
         self._before = 0
         self.best: float | None = folder.best_attainment()
         self.stopped = False
+        self.saved_steps = 0
 
     def _on_training_start(self) -> None:
         self._before = self.model.num_timesteps
@@ -133,6 +134,7 @@ class BetweenRollouts(BaseCallback):
         last = self._folder.path / "last"
         last.mkdir(exist_ok=True)
         write_model(self.model, last / "model.zip")
+        self.saved_steps = self.model.num_timesteps
 
     def evaluate_now(self) -> Evaluation | None:
         """Plays held-out episodes, once a step; keeps the model where none was better."""

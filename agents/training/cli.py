@@ -16,7 +16,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,13 @@ from batchpilot.agents.training.run_config import (
 from batchpilot.agents.training.run_folder import RunFolder
 from batchpilot.agents.training.trainer import TrainingResult, compare, load_trained, train
 from batchpilot.agents.training.tune import TuneSettings, tune
+from batchpilot.agents.training.warm_start import check_experience
 from batchpilot.env.bench.settings import option
 
 EXIT_INTERRUPTED = 130
 PLAIN_WIDTH = 110
+#: What a run that goes on may be given anew.
+_MAY_CHANGE = ("timesteps", "workers", "test_episodes", "name")
 #: The seeds of the last comparison; those of evaluations during training chose the best model.
 TEST_SEED = 2 * EVALUATION_SEED
 
@@ -67,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds every option; values are checked by the classes that take them."""
     for item in fields(RunSettings):
         text = str(item.metadata["help"])
+        if item.default is not MISSING:
+            text += f" (default: {item.default})"
         parser.add_argument(option(item.name), metavar="X", help=text)
     parser.add_argument("--out", metavar="DIR", help="the run's folder; made here")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
@@ -77,9 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", metavar="X", type=int, help="observations seen at once")
     parser.add_argument("--horizon-s", metavar="X", type=float, help="engine time of an episode")
     parser.add_argument("--warm-start", metavar="PATH", help="experience log to imitate first")
-    parser.add_argument("--test-episodes", type=int, default=20, metavar="X",
-                        help="held-out episodes of the last comparison (default: 20)")  # fmt: skip
-    parser.add_argument("--name", default="agent", help="of the exported policy")
     parser.add_argument("--tune", action="store_true", help="search hyperparameters first")
     for item in fields(TuneSettings):
         text = f"{item.metadata['help']} (default: {item.default})"
@@ -105,30 +107,34 @@ def run(args: argparse.Namespace) -> int:
         print(f"stopped at {result.steps} steps; go on: batchpilot train --resume {folder.path}",
               file=sys.stderr)  # fmt: skip
         return EXIT_INTERRUPTED
-    finish(config, folder, result, episodes=args.test_episodes, name=args.name)
+    finish(config, folder, result)
     return 0
 
 
-def finish(
-    config: RunConfig, folder: RunFolder, result: TrainingResult, *, episodes: int, name: str
-) -> list[Evaluation]:
+def finish(config: RunConfig, folder: RunFolder, result: TrainingResult) -> list[Evaluation]:
     """Compares the best model with the baselines, plots, exports and prints.
 
     Returns:
         The agent's evaluation, then the baselines'.
     """
     best = folder.path / "best" / "model.zip"
-    compared = compare(config, best, config.baselines, episodes, TEST_SEED)
+    compared = compare(
+        config,
+        best,
+        episodes=config.run.test_episodes,
+        seed=TEST_SEED,
+        tell=lambda text: print(text, file=sys.stderr, flush=True),
+    )
     figures = {item.label: item.figures() for item in compared}
     folder.write_json("evaluation.json", {"first_seed": TEST_SEED, "figures": figures})
     plot_curves(
         folder,
-        {item.label: item.mean("slo_attainment") for item in compared[1:]},
+        {item.label: item.mean("slo_attainment") for item in compared},
         folder.path / "curves.png",
     )
     policy = folder.path / "policy"
     if config.recipe.kind != "live" or not policy.exists():
-        _export(config, folder, result, best, figures["agent"], name)
+        _export(config, folder, result, best, figures["agent"])
     print_comparison(compared, result.steps)
     print(f"policy: {policy}  curves: {folder.path / 'curves.png'}", file=sys.stderr)
     return compared
@@ -164,6 +170,8 @@ def _prepare(args: argparse.Namespace) -> tuple[RunFolder, RunConfig]:
         return _resumed(args)
     if not args.out:
         raise ConfigError("--out DIR is required (or --resume DIR)")
+    if args.warm_start:
+        check_experience(Path(args.warm_start))
     given = {item.name: getattr(args, item.name) for item in fields(RunSettings)}
     names = ("env", "action_design", "base_policy", "history", "horizon_s")
     config = make_run_config(given, args.config, {name: getattr(args, name) for name in names})
@@ -177,15 +185,18 @@ def _prepare(args: argparse.Namespace) -> tuple[RunFolder, RunConfig]:
 def _resumed(args: argparse.Namespace) -> tuple[RunFolder, RunConfig]:
     folder = RunFolder(Path(args.resume))
     config = folder.read_config()
-    for item in fields(RunSettings):
-        if item.name not in ("timesteps", "workers") and getattr(args, item.name) is not None:
-            raise ConfigError(f"{option(item.name)} cannot change when a run goes on")
-    changed: dict[str, Any] = {
-        name: int(value)
-        for name in ("timesteps", "workers")
-        if (value := getattr(args, name)) is not None
-    }
-    config = replace(config, run=replace(config.run, **changed))
+    given = {item.name: getattr(args, item.name) for item in fields(RunSettings)}
+    changed = {name: value for name, value in given.items() if value is not None}
+    for name in changed:
+        if name not in _MAY_CHANGE:
+            raise ConfigError(f"{option(name)} cannot change when a run goes on")
+    run = RunSettings.from_mapping({**asdict(config.run), **changed}, where="train")
+    if run.timesteps < folder.steps:
+        raise ConfigError(
+            f"--timesteps {run.timesteps} is less than the {folder.steps} steps that {folder.path} "
+            "has behind it: give more, or leave it out"
+        )
+    config = replace(config, run=run)
     folder.write_config(config)
     folder.note_command()
     return folder, config
@@ -208,7 +219,6 @@ def _export(
     result: TrainingResult,
     best: Path,
     figures: dict[str, Any],
-    name: str,
 ) -> None:
     vector = build_vector(config.recipe, 1)
     try:
@@ -218,7 +228,7 @@ def _export(
             model,
             config,
             folder.fresh_policy(),
-            name=name,
+            name=config.run.name,
             version=version,
             steps=result.steps,
             evaluation=figures,

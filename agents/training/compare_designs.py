@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchpilot.agents.parameters import ConfigError
-from batchpilot.agents.training.cli import PLAIN_WIDTH, TEST_SEED, finish
+from batchpilot.agents.training.cli import EXIT_INTERRUPTED, PLAIN_WIDTH, TEST_SEED, finish
 from batchpilot.agents.training.progress import show_progress
 from batchpilot.agents.training.run_config import RunConfig, make_run_config
 from batchpilot.agents.training.run_folder import RunFolder
@@ -45,16 +45,12 @@ class StoppedError(RuntimeError):
     """A training was asked to stop; it has saved."""
 
 
-def train_variant(
-    folder: Path, config: RunConfig, *, episodes: int, name: str
-) -> dict[str, dict[str, float]]:
+def train_variant(folder: Path, config: RunConfig) -> dict[str, dict[str, float]]:
     """Trains in a folder, unless that is done already.
 
     Args:
         folder: Of the run.
         config: Of the run.
-        episodes: Held-out episodes of the last comparison.
-        name: Of the policy.
 
     Returns:
         Figures by policy; the agent's own under `agent`.
@@ -75,13 +71,13 @@ def train_variant(
             raise StoppedError(
                 f"stopped at {result.steps} steps of {folder}; run it again to go on"
             )
-        finish(config, run, result, episodes=episodes, name=name)
+        finish(config, run, result)
     figures: dict[str, dict[str, float]] = json.loads(done.read_text())["figures"]
     return figures
 
 
 def compare_designs(
-    out: Path, base: Mapping[str, Any], config: str, names: Sequence[str], episodes: int
+    out: Path, base: Mapping[str, Any], config: str, names: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Trains the variants, and prints the table after each.
 
@@ -90,19 +86,21 @@ def compare_designs(
         base: Plain settings of each run.
         config: Its file or bundled family.
         names: Of the variants.
-        episodes: Held-out episodes of each comparison.
 
     Returns:
         Figures by variant and baseline.
     """
     figures: dict[str, dict[str, float]] = {}
-    for number, name in enumerate(names):
+    variants = []
+    for name in names:
         algo, settings = VARIANTS[name]
-        variant = make_run_config({**base, "algo": algo}, config, settings)
+        variants.append(make_run_config({**base, "algo": algo}, config, settings))
+    out.mkdir(parents=True, exist_ok=True)
+    for number, (name, variant) in enumerate(zip(names, variants, strict=True)):
         if number:  # the baselines are the same everywhere
             variant = replace(variant, baselines=())
         folder = out / name.replace(", ", "-").replace(" ", "").lower()
-        found = train_variant(folder, variant, episodes=episodes, name="agent")
+        found = train_variant(folder, variant)
         figures |= {label: values for label, values in found.items() if label != "agent"}
         figures[name] = found["agent"]
         (out / "designs.json").write_text(json.dumps(figures, indent=2) + "\n")
@@ -131,26 +129,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="full", help="file or bundled family (default: full)")
     parser.add_argument("--steps", type=int, default=20_000, help="of each variant")
     parser.add_argument("--episodes", type=int, default=40, help="of each comparison")
-    parser.add_argument("--variants", default=":".join(VARIANTS), help="names, with colons between")
+    known = "; ".join(VARIANTS)
+    parser.add_argument(
+        "--variants",
+        default=":".join(VARIANTS),
+        metavar="NAME:NAME:...",
+        help=f"which, all if left out: {known}",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     parser.add_argument("--n-envs", type=int, default=2, help="environments side by side")
     args = parser.parse_args(argv)
     names = args.variants.split(":")
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:
-        parser.error(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
-    args.out.mkdir(parents=True, exist_ok=True)
+        parser.error(f"unknown variant {unknown[0]!r}; known: {known}")
     base = {
         "timesteps": args.steps,
         "seed": args.seed,
         "n_envs": args.n_envs,
         "eval_every": max(1, args.steps // 2),
+        "test_episodes": args.episodes,
     }
     try:
-        compare_designs(args.out, base, args.config, names, args.episodes)
-    except (ConfigError, StoppedError) as error:
+        compare_designs(args.out, base, args.config, names)
+    except ConfigError as error:
         print(f"compare_designs: {error}", file=sys.stderr)
-        return 1
+        return 2
+    except StoppedError as error:
+        print(f"compare_designs: {error}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

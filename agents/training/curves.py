@@ -14,17 +14,19 @@ from batchpilot.agents.training.run_folder import RunFolder
 _EPISODES_IN_MEAN = 20
 
 
-def plot_curves(folder: RunFolder, baselines: Mapping[str, float], path: Path) -> None:
-    """Draws attainment and reward over steps.
+def plot_curves(folder: RunFolder, compared: Mapping[str, float], path: Path) -> None:
+    """Draws attainment and reward over steps, and beside them what was compared at the end.
+
+    The two are of different episodes, so that no bar may be read off a curve's axis.
 
     Args:
         folder: Of the run.
-        baselines: SLO attainment on the evaluation's seeds, by policy.
+        compared: SLO attainment in the last comparison, by who decided.
         path: The picture; its suffix decides the format.
     """
     episodes, evaluations = folder.read_rows("episodes.csv"), folder.read_rows("evaluations.csv")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    attainment, reward = figure.subplots(1, 2)
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    attainment, reward, comparison = figure.subplots(1, 3, width_ratios=(5, 5, 3))
     for axes, name in ((attainment, "slo_attainment"), (reward, "reward")):
         _mean_line(axes, episodes, name)
         steps = [row["step"] for row in evaluations]
@@ -32,8 +34,10 @@ def plot_curves(folder: RunFolder, baselines: Mapping[str, float], path: Path) -
         axes.set_xlabel("environment steps")
         axes.set_title(name.replace("_", " "), loc="left")
         axes.grid(alpha=0.3)
-    for index, (label, value) in enumerate(baselines.items()):
-        attainment.axhline(value, linestyle="--", linewidth=1, color=f"C{index + 2}", label=label)
+    bars = comparison.barh(list(compared), list(compared.values()), color="C2")
+    comparison.bar_label(bars, fmt="{:.3f}", padding=-38, color="white")
+    comparison.invert_yaxis()
+    comparison.set_title("slo attainment, compared on others", loc="left")
     attainment.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 

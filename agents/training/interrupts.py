@@ -6,6 +6,7 @@ that only one that comes a moment later counts as the second.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from types import FrameType
 
 #: Seconds within which signals are one.
 ONE_SIGNAL_SECONDS = 1.0
+_SAVES_FIRST = b"\nsaves and stops at the end of this rollout; once more stops at once\n"
 
 
 class StopRequest:
@@ -39,7 +41,9 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
         now = time.monotonic()
         if request.asked_at is not None and now - request.asked_at > ONE_SIGNAL_SECONDS:
             raise KeyboardInterrupt(f"signal {number}, again")
-        request.asked_at = request.asked_at or now
+        if request.asked_at is None:
+            request.asked_at = now
+            os.write(2, _SAVES_FIRST)  # no lock is taken: this may interrupt whoever has it
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 import gymnasium
@@ -16,6 +17,9 @@ from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.training.paired_env import PairedEnv
 from batchpilot.agents.training.replayable import ReplayableEnv
 from batchpilot.env.registration import LIVE_ENV, RANDOM_ENV, VIRTUAL_ENV
+
+#: A process that was asked to end goes on for so long, at most, until its trainer has saved.
+LONGEST_FAREWELL_SECONDS = 600
 
 ENV_IDS = {"random": RANDOM_ENV, "virtual": VIRTUAL_ENV, "live": LIVE_ENV}
 
@@ -82,13 +86,27 @@ def build_vector(recipe: EnvRecipe, count: int, *, workers: int = 0) -> VecEnv:
         return RayVecEnv(recipe, count, workers)
     if count == 1:
         return DummyVecEnv([recipe.build])
-    return SubprocVecEnv([_builder(recipe)] * count, start_method="spawn")
+    return _Processes([_builder(recipe)] * count, start_method="spawn")
+
+
+class _Processes(SubprocVecEnv):
+    """Environments in processes that are gone once it is closed, whatever has become of them."""
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except (EOFError, OSError):
+            for process in self.processes:
+                process.kill()
+            self.closed = True
 
 
 def _builder(recipe: EnvRecipe) -> Callable[[], ReplayableEnv]:
     def build() -> ReplayableEnv:
         prepare_worker()
-        return recipe.build()
+        env = recipe.build()
+        outlive_sigterm()
+        return env
 
     return build
 
@@ -97,3 +115,14 @@ def prepare_worker() -> None:
     """Readies a process that runs environments: Ctrl-C is for the trainer, logs are for servers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def outlive_sigterm() -> None:
+    """Lets the trainer save first where SIGTERM reaches the whole group: the next one counts."""
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        signal.alarm(LONGEST_FAREWELL_SECONDS)
+
+    signal.signal(signal.SIGTERM, wait)

@@ -46,12 +46,18 @@ class RunSettings(Parameters):
     seed: int = parameter(0, minimum=0, help="of everything")
     n_envs: int = parameter(2, minimum=1, help="environments side by side")
     workers: int = parameter(0, minimum=0, help="Ray actors that share them; 0: processes")
-    eval_every: int = parameter(20_000, minimum=1, help="steps between evaluations")
+    eval_every: int = parameter(
+        20_000, minimum=1, help="steps between evaluations, each at the end of a rollout"
+    )
     eval_episodes: int = parameter(8, minimum=1, help="episodes of each")
     checkpoint_every: int = parameter(10_000, minimum=1, help="steps between checkpoints")
     search_episodes: int = parameter(
         0, minimum=0, help="episodes of a search over steady actions, imitated first; 0: none"
     )
+    test_episodes: int = parameter(
+        20, minimum=1, help="other held-out episodes, of the last comparison"
+    )
+    name: str = parameter("agent", help="of the exported policy")
 
 
 @dataclass(frozen=True)

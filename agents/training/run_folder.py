@@ -100,6 +100,13 @@ class RunFolder:
         """Whether there is one to go on from."""
         return any(self.checkpoints.glob("step-*"))
 
+    @property
+    def steps(self) -> int:
+        """Environment steps behind its newest checkpoint; 0 without one."""
+        return (
+            int(self.newest_checkpoint().name.removeprefix("step-")) if self.has_checkpoint else 0
+        )
+
     def newest_checkpoint(self) -> Path:
         """The newest whole checkpoint.
 

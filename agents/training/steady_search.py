@@ -33,7 +33,12 @@ from batchpilot.agents.training.export import env_parameters
 from batchpilot.agents.training.gain_model import Gains, predict_gains
 from batchpilot.agents.training.interrupts import StopRequest
 from batchpilot.agents.training.progress import Progress
-from batchpilot.agents.training.recipes import EnvRecipe, build_vector, prepare_worker
+from batchpilot.agents.training.recipes import (
+    EnvRecipe,
+    build_vector,
+    outlive_sigterm,
+    prepare_worker,
+)
 from batchpilot.agents.training.run_config import RunConfig
 from batchpilot.agents.training.run_folder import RunFolder
 from batchpilot.agents.training.warm_start import Demonstrations, Floats, fit_mean_action
@@ -229,6 +234,7 @@ _worker: list[VecEnv] = []
 def _open_worker(recipe: EnvRecipe) -> None:
     prepare_worker()
     _worker.append(build_vector(recipe, 1))
+    outlive_sigterm()
 
 
 def _try_in_worker(seed: int) -> Tried:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +100,10 @@ def train(
             model.learn(left, callbacks, log_interval=1, reset_num_timesteps=not begun)
         if not between.stopped:
             between.save_now()
-            between.evaluate_now()
+            if not stop.is_set:  # else the comparison is left to whoever goes on
+                between.evaluate_now()
         model.logger.close()
-        return TrainingResult(model.num_timesteps, not between.stopped, between.best)
+        return TrainingResult(between.saved_steps, not stop.is_set, between.best)
 
 
 @contextmanager
@@ -147,27 +148,34 @@ def load_trained(config: RunConfig, path: Path, vector: VecEnv) -> BaseAlgorithm
 
 
 def compare(
-    config: RunConfig, model_path: Path, baselines: Sequence[str], episodes: int, seed: int
+    config: RunConfig,
+    model_path: Path,
+    *,
+    episodes: int,
+    seed: int,
+    tell: Callable[[str], None],
 ) -> list[Evaluation]:
     """Plays the same held-out episodes with a trained model and with policies.
 
     Args:
         config: Of the model's run.
         model_path: Its `model.zip`.
-        baselines: Texts of policies.
         episodes: For each.
         seed: Of the first.
+        tell: Hears who plays.
     """
     _ready_process()
     count = min(config.run.n_envs, episodes)
     results = []
+    tell(f"comparing on {episodes} other held-out episodes: the agent")
     vector = build_vector(config.recipe, count)
     try:
         model = load_trained(config, model_path, vector)
         results.append(evaluate_agent(model, vector, episodes, seed=seed))
     finally:
         vector.close()
-    for policy in baselines:
+    for policy in config.baselines:
+        tell(f"comparing: {policy}")
         vector = build_vector(config.recipe.under(policy), count)
         try:
             results.append(evaluate_base(policy, vector, episodes, seed=seed))

@@ -128,13 +128,22 @@ def _mean_networks(model: BaseAlgorithm) -> torch.nn.Module:
     raise ConfigError(f"a warm start needs ppo, sac or tqc, not {kind}")
 
 
+def check_experience(path: Path) -> None:
+    """Checks that there is a log.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not path.exists():
+        raise ConfigError(f"no experience log at {path}")
+
+
 def _sessions(path: Path) -> Iterator[Sequence[Mapping[str, Any]]]:
     """Each session's rows in order."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not path.exists():
-        raise ConfigError(f"no experience log at {path}")
+    check_experience(path)
     try:
         table = pq.read_table(path).sort_by([("session", "ascending"), ("sequence", "ascending")])
         rows = table.to_pylist()

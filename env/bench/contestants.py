@@ -115,6 +115,10 @@ def parse_contestants(
         if labels.count(label) > 1:
             raise ConfigError(f"policy {label!r} is given twice; use --rounds to repeat")
     if shadow is not None:
+        if shadow.partition(":")[0] == WATERMARK:
+            raise ConfigError(
+                f"shadow={shadow!r}: a shadow decides limits, and vLLM's own does not"
+            )
         spec = PolicySpec.parse(shadow)
         contestants = tuple(replace(contestant, shadow=spec) for contestant in contestants)
         if all(contestant.spec is None for contestant in contestants):

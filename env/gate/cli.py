@@ -3,8 +3,8 @@
 They live in a registry, a folder of versions that never change ($BATCHPILOT_POLICIES, or
 ~/.local/share/batchpilot/policies). `promote` runs the new version beside the one in force and the
 analytic policies, on engines, traffic and seeds that nothing was trained on; it takes over only if
-the table says that it is better. Exit status: 0 done, 1 refused by the gate or found damaged, 2 bad
-input.
+the table says that it is better. Exit status: 0 done, 1 refused by the gate or found damaged by
+`verify`, 2 bad input.
 """
 
 from __future__ import annotations
@@ -80,7 +80,13 @@ def add_policy(registry: PolicyRegistry, args: argparse.Namespace, console: Cons
     artefact = load_artefact(args.path)
     OnnxModel(artefact)
     added = registry.add(args.path)
-    console.print(f"added {added.label}; promote it: batchpilot policies promote {added.label}")
+    where = "" if args.folder is None else f" --folder {args.folder}"
+    console.print(
+        f"added {added.label}; promote it: batchpilot policies promote {added.label}{where}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -225,7 +231,12 @@ def _promote_arguments(parser: argparse.ArgumentParser) -> None:
     _group_argument(parser)
     parser.add_argument("--config", type=Path, metavar="YAML", help="cells and rules of your own")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; every core by default")
-    parser.add_argument("--work-dir", type=Path, metavar="FOLDER", help="of finished runs")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="keep finished runs here, so that an interrupted trial goes on",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the verdict here")
 
 

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 _SEED = 20250305
-#: From so many on, cells have a standard error.
+#: From so many on, cells have a standard error, and tell of others.
 FEWEST_CELLS = 3
+ROUNDING = 1e-9
 
 
 class Gain(NamedTuple):
@@ -71,8 +72,9 @@ def bootstrap_gain(gains: Floats, *, confidence: float, resamples: int) -> Gain:
         low, high = np.quantile(means, (tail, 1.0 - tail))
         return Gain(mean, float(low), float(high))
     errors = _standard_error(cell_means)
-    # A resample of one cell alone, again and again, says nothing.
-    ratios = (means - mean)[errors > 0] / errors[errors > 0]
+    # A resample of one cell alone, again and again, says nothing, to within rounding.
+    tells = errors > ROUNDING * errors.max()
+    ratios = (means - mean)[tells] / errors[tells]
     low, high = np.quantile(ratios, (tail, 1.0 - tail)) if len(ratios) else (0.0, 0.0)
     error = float(_standard_error(gains.mean(axis=1)))
     return Gain(mean, mean - error * float(high), mean - error * float(low))

@@ -9,7 +9,13 @@ import numpy as np
 
 from batchpilot.env.gate.evaluate import GateRun
 from batchpilot.env.gate.settings import Rules
-from batchpilot.env.gate.statistics import Floats, Gain, bootstrap_gain, relative_gains
+from batchpilot.env.gate.statistics import (
+    FEWEST_CELLS,
+    Floats,
+    Gain,
+    bootstrap_gain,
+    relative_gains,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ def judge(
     shield_share = float(_matrix(runs, candidate, "shield_share").mean())
     growth = float(late[candidate].mean() - late[reference].mean())
     checks = (
-        _better(gains[reference], rules),
+        _better(gains[reference], len(cells), rules),
         _no_more_violations(growth, rules),
         _no_cell_loses(cells, rules),
         _shield_rests(shield_share, rules),
@@ -155,9 +161,12 @@ def _cell_results(
     )
 
 
-def _better(gain: Gain, rules: Rules) -> Check:
+def _better(gain: Gain, cells: int, rules: Rules) -> Check:
     rule = f"more goodput than the policy in force, with {rules.confidence:.0%} confidence"
-    return Check(rule, f"{_percent(gain.mean)}, {_interval(gain)}", gain.low > 0)
+    found = f"{_percent(gain.mean)}, {_interval(gain)}"
+    if cells < FEWEST_CELLS:
+        found += f", but {cells} of the {FEWEST_CELLS} cells it takes to tell of others"
+    return Check(rule, found, gain.low > 0 and cells >= FEWEST_CELLS)
 
 
 def _no_more_violations(growth: float, rules: Rules) -> Check:
