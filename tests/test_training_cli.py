@@ -71,6 +71,12 @@ def test_a_run_leaves_everything_behind_and_goes_on(
     (out / "evaluation.json").unlink()
     assert train("--resume", out) == 0
     assert json.loads((out / "evaluation.json").read_text())["figures"]["agent"]["episodes"] == 2
+
+    # So is the last model, where it is asked for.
+    (out / "best" / "model.zip").write_bytes(b"damaged, and not looked at")
+    (out / "evaluation.json").unlink()
+    assert train("--resume", out, "--export", "last") == 0
+    assert (out / "evaluation.json").exists()
     again = [line.split(",")[0] for line in (out / "evaluations.csv").read_text().splitlines()]
     assert again == steps
 

@@ -44,7 +44,7 @@ from batchpilot.env.bench.settings import option
 EXIT_INTERRUPTED = 130
 PLAIN_WIDTH = 110
 #: What a run that goes on may be given anew.
-_MAY_CHANGE = ("timesteps", "workers", "test_episodes", "name")
+_MAY_CHANGE = ("timesteps", "workers", "test_episodes", "name", "export")
 #: The seeds of the last comparison; those of evaluations during training chose the best model.
 TEST_SEED = 2 * EVALUATION_SEED
 
@@ -56,6 +56,7 @@ examples:
   batchpilot train --timesteps 200000 --out results/run
   batchpilot train --config demo --timesteps 8192 --out results/demo-agent
   batchpilot train --resume results/run --timesteps 400000
+  batchpilot train --resume results/run --export last    # trains no more, compares and exports
   batchpilot train --algo qrdqn --n-envs 4 --workers 2 --timesteps 100000 --out results/grid
   batchpilot train --config full --search-episodes 48 --timesteps 20000 --out results/searched
   batchpilot train --config demo --tune --tune-trials 8 --timesteps 4000 --out results/tuned
@@ -112,15 +113,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def finish(config: RunConfig, folder: RunFolder, result: TrainingResult) -> list[Evaluation]:
-    """Compares the best model with the baselines, plots, exports and prints.
+    """Compares the best model, or the last, with the baselines, plots, exports and prints.
 
     Returns:
         The agent's evaluation, then the baselines'.
     """
-    best = folder.path / "best" / "model.zip"
+    model = folder.path / config.run.export / "model.zip"
     compared = compare(
         config,
-        best,
+        model,
         episodes=config.run.test_episodes,
         seed=TEST_SEED,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
@@ -134,7 +135,7 @@ def finish(config: RunConfig, folder: RunFolder, result: TrainingResult) -> list
     )
     policy = folder.path / "policy"
     if config.recipe.kind != "live" or not policy.exists():
-        _export(config, folder, result, best, figures["agent"])
+        _export(config, folder, result, model, figures["agent"])
     print_comparison(compared, result.steps)
     print(f"policy: {policy}  curves: {folder.path / 'curves.png'}", file=sys.stderr)
     return compared
@@ -217,12 +218,12 @@ def _export(
     config: RunConfig,
     folder: RunFolder,
     result: TrainingResult,
-    best: Path,
+    path: Path,
     figures: dict[str, Any],
 ) -> None:
     vector = build_vector(config.recipe, 1)
     try:
-        model = load_trained(config, best, vector)
+        model = load_trained(config, path, vector)
         version = str(result.steps)
         export_policy(
             model,

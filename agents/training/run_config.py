@@ -58,6 +58,11 @@ class RunSettings(Parameters):
         20, minimum=1, help="other held-out episodes, of the last comparison"
     )
     name: str = parameter("agent", help="of the exported policy")
+    export: str = parameter(
+        "best",
+        choices=("best", "last"),
+        help="what is compared and exported: the best model of the evaluations, or the last",
+    )
 
 
 @dataclass(frozen=True)
