@@ -35,9 +35,10 @@ def plot_curves(folder: RunFolder, compared: Mapping[str, float], path: Path) ->
         axes.set_title(name.replace("_", " "), loc="left")
         axes.grid(alpha=0.3)
     bars = comparison.barh(list(compared), list(compared.values()), color="C2")
-    comparison.bar_label(bars, fmt="{:.3f}", padding=-38, color="white")
+    comparison.bar_label(bars, fmt="{:.3f}", padding=3)
+    comparison.margins(x=0.25)
     comparison.invert_yaxis()
-    comparison.set_title("slo attainment, compared on others", loc="left")
+    comparison.set_title("the same on other seeds", loc="left")
     attainment.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 

@@ -149,7 +149,10 @@ ACTIONS: dict[str, tuple[str, Action]] = {
     "add": ("verify a policy's folder and copy it into the registry", add_policy),
     "show": ("everything about one version, with the history of its groups", show_policy),
     "verify": ("check hashes, shapes and outputs of one version, or of all", verify_policies),
-    "promote": ("try a version against the one in force; it takes over if better", promote_policy),
+    "promote": (
+        "try a version against the one in force, for minutes; it takes over if better",
+        promote_policy,
+    ),
     "rollback": ("put the version before back in force", roll_back_policy),
 }
 
