@@ -42,9 +42,10 @@ class Bunches:
         rho > `WORTH`   and   m - d > `BUSY` (c - d),   rho the mean of Q (c - d) / (P (s - d))
 
     until a usual step takes all who wait, or rho is below 1, nobody is let in but into a slow step,
-    and one is made whenever the mean pace m stays inside the target. The second condition, that at
-    least so many of the newest steps were full of prompts, keeps the pace of single tokens for as
-    long as prompts keep up with it.
+    and one is made whenever the mean pace m stays inside the target, and for as long as a prompt
+    has begun and is not done: it is in every step anyway, and makes each of them slower. The second
+    condition, that at least so many of the newest steps were full of prompts, keeps the pace of
+    single tokens for as long as prompts keep up with it.
 
     Regimes: where decoding alone misses the target, no step of any length keeps the mean pace, and
     prompts come in as they do without all this.

@@ -131,7 +131,9 @@ class SlowSteps:
             self._steps_to_look = LOOK_STEPS
             self._look_at_bunches(snapshot.decode_seqs, usual, slow, kv_tokens)
         if self._bunches.is_bunching:
-            due = self._bunches.is_due(slow)
+            # A step with any of a prompt in it costs those who decode most of a slow one already.
+            has_begun = snapshot.prompt_computed > 0 and snapshot.prompt_left > 0
+            due = has_begun or self._bunches.is_due(slow)
             return self.queue.whole_prompts(slow.prompt_tokens) if due else 0
         return slow.prompt_tokens if self._is_needed(snapshot, usual, slow, prompts) else 0
 

@@ -17,6 +17,7 @@ from batchpilot.agents.latency_limits import (
     LEAST_CHUNK,
     OUT_OF_REACH,
     SLOW,
+    WAITS,
     LatencyLimits,
 )
 from batchpilot.agents.lengths import LengthEstimator
@@ -427,12 +428,28 @@ def test_where_any_prompt_slows_all_attention_they_are_computed_together(monkeyp
     assert not_undone.slo_attainment > apart.slo_attainment + 0.05
 
 
+def test_a_long_prompt_that_has_begun_is_not_in_every_step_while_others_wait():
+    slo = Slo(itl_slo_ms=40.0, ttft_slo_ms=2000.0)
+    load = {
+        "profile": "llama-3.1-8b-rtxpro6000",
+        "arrivals": "poisson:rate=3",
+        "noise": 0.05,
+        "num_requests": 240,
+        "seed": 20,
+    }
+    policy = Reasons(built("predictive", slo))
+    assert served(policy, slo, **load).slo_attainment > 0.8
+    assert WAITS in policy.seen
+    assert WAITS not in policy.seen_with_a_prompt_begun
+
+
 class Reasons:
     """A policy, and why it decided."""
 
     def __init__(self, policy):
         self._policy = policy
         self.seen = set()
+        self.seen_with_a_prompt_begun = set()
 
     def observe(self, step):
         self._policy.observe(step)
@@ -440,6 +457,8 @@ class Reasons:
     def decide(self, snapshot):
         decision = self._policy.decide(snapshot)
         self.seen.add(decision.reason)
+        if snapshot.prompt_computed and snapshot.prompt_left:
+            self.seen_with_a_prompt_begun.add(decision.reason)
         return decision
 
 
