@@ -409,15 +409,20 @@ def test_on_a_virtual_gpu_it_holds_the_target_that_the_default_misses(noise, mos
     assert ours.completed == default.completed == 100
 
 
-def test_where_any_prompt_slows_all_attention_they_are_computed_together(monkeypatch):
-    slo = Slo(itl_slo_ms=40.0, ttft_slo_ms=2000.0)
-    load = {
+def rtx_pro(rate, seed):
+    """A GPU where any prompt slows the attention of a whole step, near what it can take."""
+    return {
         "profile": "llama-3.1-8b-rtxpro6000",
-        "arrivals": "poisson:rate=2.5",
+        "arrivals": f"poisson:rate={rate}",
         "noise": 0.05,
         "num_requests": 240,
-        "seed": 2,
+        "seed": seed,
     }
+
+
+def test_where_any_prompt_slows_all_attention_they_are_computed_together(monkeypatch):
+    slo = Slo(itl_slo_ms=40.0, ttft_slo_ms=2000.0)
+    load = rtx_pro(2.5, seed=2)
     together = served("predictive", slo, **load)
     eager_agent = ActingPolicy(ActionDesign(), built("predictive", slo))
     eager_agent.act((0.3, 0.0))
@@ -430,15 +435,8 @@ def test_where_any_prompt_slows_all_attention_they_are_computed_together(monkeyp
 
 def test_a_long_prompt_that_has_begun_is_not_in_every_step_while_others_wait():
     slo = Slo(itl_slo_ms=40.0, ttft_slo_ms=2000.0)
-    load = {
-        "profile": "llama-3.1-8b-rtxpro6000",
-        "arrivals": "poisson:rate=3",
-        "noise": 0.05,
-        "num_requests": 240,
-        "seed": 20,
-    }
     policy = Reasons(built("predictive", slo))
-    assert served(policy, slo, **load).slo_attainment > 0.8
+    assert served(policy, slo, **rtx_pro(3, seed=20)).slo_attainment > 0.8
     assert WAITS in policy.seen
     assert WAITS not in policy.seen_with_a_prompt_begun
 
