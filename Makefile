@@ -113,7 +113,7 @@ bench-training: setup  ## environment steps per second of training, in one and t
 	$(BIN)/python -m batchpilot.agents.training.bench_training
 
 # Trains around one large GPU's capacity, compares on seeds it has not seen, and serves what came of it.
-train-demo: setup  ## trains an agent, compares it, serves it to a live vLLM: a quarter of an hour
+train-demo: setup  ## trains an agent, compares it, serves it to a live vLLM: sixteen minutes
 	rm -rf results/train-demo
 	$(BIN)/batchpilot train --config demo --timesteps 4096 --eval-every 2048 --checkpoint-every 2048 \
 	  --test-episodes 16 --name demo --out results/train-demo

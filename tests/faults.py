@@ -353,7 +353,7 @@ def no_messages(world: World) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     server = grpc.server(ThreadPoolExecutor(4), handlers=(Bytes(),))
-    before, world.proxy.upstream = world.proxy.upstream, server.add_insecure_port("localhost:0")
+    before, world.proxy.upstream = world.proxy.upstream, server.add_insecure_port("127.0.0.1:0")
     server.start()
     world.proxy.drop()
     world.hold(until_local=True)

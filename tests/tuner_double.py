@@ -67,7 +67,8 @@ class Server:
         self.double = double
         self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         rpc.add_TunerServiceServicer_to_server(double, self._server)
-        address = f"localhost:{port}"
+        # Of a name with two addresses one may be taken, and the port that is found is the other's.
+        address = f"127.0.0.1:{port}"
         if credentials is None:
             self.port = self._server.add_insecure_port(address)
         else:
