@@ -122,7 +122,7 @@ train-demo: setup  ## trains an agent, compares it, serves it to a live vLLM: si
 	  --json results/train-demo/live.json --html results/train-demo/live.html
 	$(BIN)/python -m batchpilot.agents.training.serve_demo results/train-demo/policy
 
-# Hours, and then the gate: docs/training.md has what came of it. It goes on where it stopped.
+# It goes on where it stopped. docs/training.md has how the gate is asked then, and what came of it.
 FULL := results/train-full
 FULL_RUN := --config full --n-envs 2 --eval-every 4096 --eval-episodes 16 --out $(FULL)
 

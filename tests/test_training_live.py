@@ -29,7 +29,7 @@ def test_an_agent_trains_on_a_live_engine_and_goes_on(
     content = {"env": "live", "settings": settings, "hyperparameters": hyperparameters,
                "baselines": ["static"]}  # fmt: skip
     (tmp_path / "live.yaml").write_text(json.dumps(content))
-    given = {"timesteps": 16, "eval_episodes": 1}
+    given = {"timesteps": 16, "eval_episodes": 1, "test_episodes": 1, "name": "live"}
     config = make_run_config(given, str(tmp_path / "live.yaml"), {})
     assert config.run.n_envs == 1
     run_in(tmp_path / "run", config)

@@ -56,7 +56,7 @@ examples:
   batchpilot train --timesteps 200000 --out results/run
   batchpilot train --config demo --timesteps 8192 --out results/demo-agent
   batchpilot train --resume results/run --timesteps 400000
-  batchpilot train --resume results/run --export last    # trains no more, compares and exports
+  batchpilot train --resume results/run --export last    # of a finished run: compares and exports
   batchpilot train --algo qrdqn --n-envs 4 --workers 2 --timesteps 100000 --out results/grid
   batchpilot train --config full --search-episodes 48 --timesteps 20000 --out results/searched
   batchpilot train --config demo --tune --tune-trials 8 --timesteps 4000 --out results/tuned
