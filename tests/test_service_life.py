@@ -329,12 +329,30 @@ def wait_for_line(process, text):
     raise AssertionError(f"the log ended without {text!r}")
 
 
+# A call that a killed replica took with it fails as UNAVAILABLE, and is made again at the next one.
+MADE_AGAIN = {
+    "methodConfig": [
+        {
+            "name": [{"service": "batchpilot.v1.TunerService", "method": "GetLimits"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
 def test_engines_of_a_replica_that_is_killed_go_on_at_another(service_process):
     """One target with two addresses, as a DNS name with two records gives a client."""
     first, address = service_process("--policy", "static:max_num_seqs=60")
     _, other = service_process("--policy", "static:max_num_seqs=70")
     target = f"ipv4:{address},{other}"
-    with grpc.insecure_channel(target) as channel:
+    options = [("grpc.service_config", json.dumps(MADE_AGAIN))]
+    with grpc.insecure_channel(target, options) as channel:
         stub = tuner_pb2_grpc.TunerServiceStub(channel)
         key = hello().id
         asked = pb.GetLimitsRequest(id=key, hello=hello(), report=report(1))
