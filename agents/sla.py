@@ -18,6 +18,10 @@ from batchpilot.agents.limits import (
 )
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 
+ABOVE, BELOW = "above the latency target", "below the latency target"
+AT = "at the latency target"
+NOT_BINDING = "latency met, the limit does not bind"
+
 
 @dataclass(frozen=True)
 class SlaParameters(Parameters):
@@ -151,9 +155,9 @@ class SlaPolicy:
         if self._range is None:
             self._begin(snapshot.engine.startup_limits)
         startup = snapshot.engine.startup_limits
-        middle = self._interval.middle
-        limit = min(max(middle, snapshot.decode_seqs), startup.max_num_seqs)
-        wanted = middle if middle < limit else None
+        found = self._found()
+        limit = min(max(found, snapshot.decode_seqs), startup.max_num_seqs)
+        wanted = found if found < limit else None
         held = self._decision
         if (
             held is None
@@ -185,19 +189,23 @@ class SlaPolicy:
         tolerance = self._params.tolerance * self._target_seconds
         if tau > self._target_seconds + tolerance:
             self._interval = search.slower(self._interval, batch)
-            self._reason = "above the latency target"
+            self._reason = ABOVE
         elif not self._may_rise():
-            self._reason = "latency met, the limit does not bind"
+            self._reason = NOT_BINDING
         elif tau < self._target_seconds - tolerance:
             self._interval = search.faster(self._interval, batch)
-            self._reason = "below the latency target"
+            self._reason = BELOW
         else:
             self._interval = search.on_target(self._interval, batch)
-            self._reason = "at the latency target"
+            self._reason = AT
 
     def _may_rise(self) -> bool:
         """Whether a window that met the target may move the interval; as published, always."""
         return True
+
+    def _found(self) -> int:
+        """The limit that the interval stands for."""
+        return self._interval.middle
 
 
 class SlaGuardedPolicy(SlaPolicy):
@@ -205,7 +213,9 @@ class SlaGuardedPolicy(SlaPolicy):
 
     Formula: `sla`'s. A window that meets the target moves the interval only if the sequence limit
     kept a request out in at least half of its steps. A window that misses the target always does:
-    the batch was too large, whatever let it grow.
+    the batch was too large, whatever let it grow. Once the interval cannot rise any further and
+    there still is slack, the limit is B_max and not the middle, which leaves `alpha` / 2 places of
+    any engine empty for ever.
 
     Regimes: at light load it stands still, so that a burst finds the door where the last burst left
     it; under load it is `sla`.
@@ -214,5 +224,20 @@ class SlaGuardedPolicy(SlaPolicy):
     prefills shrink the batch although the batch is not at fault.
     """
 
+    def __init__(self, params: SlaParameters) -> None:
+        """Starts as `sla` does."""
+        super().__init__(params)
+        self._is_open = False
+
+    def _move(self, search: SearchRange) -> None:
+        super()._move(search)
+        if self._reason is BELOW:
+            self._is_open = self._interval == search.faster(self._interval, search.max_num_seqs)
+        elif self._reason is not NOT_BINDING:
+            self._is_open = False
+
     def _may_rise(self) -> bool:
         return 2 * self._bound_steps >= self._steps
+
+    def _found(self) -> int:
+        return self._interval.high if self._is_open else super()._found()

@@ -108,6 +108,24 @@ def test_as_published_light_load_shuts_the_door_and_guarded_does_not():
     assert guarded.decide(snapshot()).limits.max_num_seqs == 128
 
 
+def test_with_slack_at_the_upper_end_guarded_gives_out_every_place_and_published_never_does():
+    for policy_class, last in ((SlaPolicy, 248), (SlaGuardedPolicy, 256)):
+        policy = started(policy_class)
+        limit = 128
+        for _ in range(8):
+            limit = window(policy, itl_ms=20, batch=limit)
+        assert limit == last, policy_class
+        assert window(policy, itl_ms=80, batch=limit) < 248
+
+
+def test_a_quiet_while_leaves_a_door_that_guarded_has_opened_wide():
+    policy = started(SlaGuardedPolicy)
+    limit = 128
+    for _ in range(8):
+        limit = window(policy, itl_ms=20, batch=limit)
+    assert window(policy, itl_ms=20, batch=6, binding=Binding.NONE) == 256
+
+
 def test_guarded_shrinks_on_a_missed_target_whatever_binds():
     policy = started(SlaGuardedPolicy)
     assert window(policy, itl_ms=80, batch=100, binding=Binding.KV_CACHE) == 50
