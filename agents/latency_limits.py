@@ -11,17 +11,13 @@ from batchpilot.agents.limits import EngineSnapshot, StepRecord
 from batchpilot.agents.prefix_hits import PrefixHits
 from batchpilot.agents.slow_steps import SlowSteps
 from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
+from batchpilot.agents.trust import Trust, WorkingPoint
 
 #: The target is aimed at from below by so many standard deviations of the step time's noise, once
 #: the late gaps are spent.
 NOISE_MARGIN = 2.0
 #: Tokens of an answer, until lengths are known.
 UNKNOWN_OUTPUT = 64.0
-#: The model is trusted once its stated error where it would work, and the mean of its innovations,
-#: are below the first, and doubted again once one of them is above the second; and never while the
-#: noise is above the third.
-TRUSTED_ERROR, DOUBTED_ERROR = 0.1, 0.2
-TOO_NOISY = 0.5
 #: Steps between two looks at whether the model can be trusted, and at the largest batch; fewer
 #: while it is not: the first blocks it learns from are as short.
 CHECK_STEPS, UNTRUSTED_CHECK_STEPS = 16, 4
@@ -34,6 +30,7 @@ PRESSING_WAIT = 0.5
 
 FITS = "largest prefill within the target"
 LEAST_CHUNK = "the least chunk: the target leaves no more"
+LARGEST_KNOWN = "largest prefill whose step time is known well enough"
 WAITS = "prompts wait for a slow step, where many cost less"
 SLOW = "a late first token is worth a slow step"
 OUT_OF_REACH = "the target is shorter than a step of one sequence: one runs at a time"
@@ -118,12 +115,12 @@ class LatencyLimits:
     tokens a second, with P the greater of p and b p / E[out], and m = min(1, b / E[out])
     the share of steps that have a prompt in them.
 
-    Before the model is trusted, prefill starts slowly: from the least chunk it doubles while the
-    target is kept, and halves when it is not. That also shows the model what it has to know.
+    The model decides as far as it is trusted: see `Trust`. Where that is not with any prefill that
+    the target leaves, no step is slow on purpose, and the target is not given up.
 
     Attributes:
         step_time: Learned from the steps.
-        is_trusted: Whether it decides.
+        trust: Up to which prefill it decides.
         given_up: Why the target between tokens is given up for now; None while it holds.
         largest_batch: As of the newest look.
         is_out_of_reach: Whether not even one sequence keeps the target.
@@ -138,7 +135,7 @@ class LatencyLimits:
     ) -> None:
         """Starts without a model."""
         self._target = itl_slo_seconds
-        self._chunk = self._slow_start = min_prefill_chunk
+        self._chunk = min_prefill_chunk
         self._lengths = lengths
         self._late_gaps = LateGapBudget(itl_slo_seconds)
         self._steps_to_check = 0
@@ -155,16 +152,11 @@ class LatencyLimits:
                 self._hits,
                 min_prefill_chunk,
             )
-        self.is_trusted = False
+        self.trust = Trust(self.step_time, itl_slo_seconds, min_prefill_chunk)
         self.given_up: str | None = None
         self.largest_batch = 1
         self.is_out_of_reach = False
         self._prompt_tokens = math.inf
-
-    @property
-    def slow_start_tokens(self) -> int:
-        """Prompt tokens of a step that has kept the target so far, while nothing is known."""
-        return self._slow_start
 
     def observe(self, step: StepRecord) -> None:
         """Learns the step's time, and what it spent."""
@@ -175,8 +167,7 @@ class LatencyLimits:
             self._late_gaps.observe(step)
         if self._slow_steps is not None:
             self._slow_steps.observe(step, keeps_pace=keeps_pace)
-        if not self.is_trusted and step.regular:
-            self._start_slowly(step)
+        self.trust.observe(step)
 
     def check(self, snapshot: EngineSnapshot, held_share: float = 1.0) -> None:
         """Now and then: whether the model can be trusted, and how large a batch it allows.
@@ -195,16 +186,28 @@ class LatencyLimits:
         self._steps_to_check -= 1
         if self._steps_to_check > 0 or snapshot.decode_seqs < 1:
             return
-        self.is_trusted = self._deserves_trust(snapshot)
-        self._steps_to_check = CHECK_STEPS if self.is_trusted else UNTRUSTED_CHECK_STEPS
-        if self.is_trusted:
-            load = self._load(snapshot)
-            self.largest_batch = self._largest_batch(snapshot, load)
-            self.is_out_of_reach = (
-                self.largest_batch == 1 and self._batch_seconds(1, load) > self._target
-            )
-            if snapshot.waiting and self.given_up is None and self._slow_steps is not None:
-                self._consider_giving_up(snapshot, load, self._slow_steps)
+        load = self._load(snapshot)
+        batch = self._largest_batch(snapshot, load)
+        self._update_trust(snapshot, load, batch)
+        self._steps_to_check = CHECK_STEPS if self.trust.is_any else UNTRUSTED_CHECK_STEPS
+        if self.trust.is_any:
+            self.largest_batch = batch
+            self.is_out_of_reach = batch == 1 and self._batch_seconds(1, load) > self._target
+        if self.trust.is_whole and snapshot.waiting and self.given_up is None:
+            self._consider_giving_up(snapshot, load)
+
+    def _update_trust(self, snapshot: EngineSnapshot, load: _Load, batch: int) -> None:
+        decodes, engine = snapshot.decode_seqs, snapshot.engine
+        kv_tokens = snapshot.used_blocks * engine.block_size
+        prompts = self._prompts(snapshot)
+        prefill = self.step_time.largest_prefill(decodes, kv_tokens, self._aim(), prompts)
+        prefill = min(max(prefill, self._chunk), engine.startup_limits.max_num_batched_tokens)
+        batch = min(batch, snapshot.running + snapshot.waiting)
+        balanced = self._balanced_prefill(batch, load)
+        self.trust.update(
+            WorkingPoint(decodes, kv_tokens, prefill, prompts),
+            WorkingPoint(batch, int(batch * load.context), balanced, PromptsAhead()),
+        )
 
     def prefill(self, snapshot: EngineSnapshot) -> Prefill:
         """Prompt tokens that the step about to be scheduled has time for, beside its decodes."""
@@ -214,6 +217,9 @@ class LatencyLimits:
         tokens, reason = self.step_time.largest_prefill(decodes, kv_tokens, aim, prompts), FITS
         if tokens < self._chunk:
             tokens, reason = self._chunk, LEAST_CHUNK
+        if not self.trust.is_whole:
+            most = self.trust.most_prefill
+            return Prefill(tokens, reason) if tokens <= most else Prefill(most, LARGEST_KNOWN)
         if self._slow_steps is not None:
             more = self._slow_steps.prefill(snapshot, tokens, kv_tokens, aim, prompts)
             bunches = self._slow_steps.keeps_out
@@ -223,10 +229,11 @@ class LatencyLimits:
                 return Prefill(tokens, WAITS, admits=False, is_whole=True)
         return Prefill(tokens, reason)
 
-    def _consider_giving_up(
-        self, snapshot: EngineSnapshot, load: _Load, slow_steps: SlowSteps
-    ) -> None:
-        """Looks whether first tokens are worth the pace of all who run."""
+    def _consider_giving_up(self, snapshot: EngineSnapshot, load: _Load) -> None:
+        """Looks whether first tokens, if they have a target, are worth the pace of who runs."""
+        slow_steps = self._slow_steps
+        if slow_steps is None:
+            return
         wait = slow_steps.queue.oldest_wait(snapshot.clock_seconds)
         if wait >= PRESSING_WAIT and self._costs_much(snapshot, load):
             self.given_up = GIVEN_UP
@@ -254,29 +261,6 @@ class LatencyLimits:
     def _aim(self) -> float:
         """The time a step may take."""
         return self._target / (1 + self._margin())
-
-    def _start_slowly(self, step: StepRecord) -> None:
-        if step.seconds > self._target:
-            self._slow_start = max(self._chunk, self._slow_start // 2)
-        elif 2 * step.prefill_tokens >= self._slow_start:
-            self._slow_start *= 2
-
-    def _deserves_trust(self, snapshot: EngineSnapshot) -> bool:
-        """Holds the model's stated error at its working point, and its innovations, to a bound."""
-        model = self.step_time
-        bound = DOUBTED_ERROR if self.is_trusted else TRUSTED_ERROR
-        if not model.has_weights or model.noise > TOO_NOISY or abs(model.bias) > bound:
-            return False
-        decodes = snapshot.decode_seqs
-        kv_tokens = snapshot.used_blocks * snapshot.engine.block_size
-        most = snapshot.engine.startup_limits.max_num_batched_tokens
-        prompts = self._prompts(snapshot)
-        prefill = model.largest_prefill(decodes, kv_tokens, self._aim(), prompts)
-        prefill = min(max(prefill, self._chunk), most)
-        return (
-            model.relative_error(decodes, prefill, kv_tokens, prompts) <= bound
-            and model.relative_error(decodes, 0, kv_tokens) <= bound
-        )
 
     def _load(self, snapshot: EngineSnapshot) -> _Load:
         """Of the sequences that run, or of a whole life where that is more."""
@@ -308,8 +292,12 @@ class LatencyLimits:
         """A step of a batch in balance: the mean of few with whole prompts, or any with a share."""
         if self._slow_steps is not None and self._slow_steps.keeps_out and load.prompt < math.inf:
             return self._mean_seconds(batch, load)
-        prefill = int(min(self._chunk, batch * load.prompt_share))
+        prefill = self._balanced_prefill(batch, load)
         return self.step_time.predict(batch, prefill, int(batch * load.context))
+
+    def _balanced_prefill(self, batch: int, load: _Load) -> int:
+        """Prompt tokens of a step of so many sequences, each prompt spread over its output."""
+        return int(min(self._chunk, batch * load.prompt_share))
 
     def _costs_much(self, snapshot: EngineSnapshot, load: _Load) -> bool:
         """Whether all who are here would give far more tokens a second than the largest batch."""

@@ -88,14 +88,14 @@ class PredictivePolicy:
     @property
     def is_trusted(self) -> bool:
         """Whether the learned step time decides."""
-        return self._latency is not None and self._latency.is_trusted
+        return self._latency is not None and self._latency.trust.is_any
 
     def observe(self, step: StepRecord) -> None:
         """Learns the step's time and the lengths of what arrived and finished."""
         self._memory.observe(step)
         if self._latency is not None:
             self._latency.observe(step)
-            if not self._latency.is_trusted:
+            if not self._latency.trust.is_any:
                 self._guard.observe(step)
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
@@ -110,8 +110,8 @@ class PredictivePolicy:
         if given_up is not None:
             is_whole = given_up is CATCHES_UP
             return self._decided(seqs, tokens, given_up, is_whole=is_whole, wanted_seqs=wanted)
-        if not latency.is_trusted:
-            return self._guarded(snapshot, latency.slow_start_tokens)
+        if not latency.trust.is_any:
+            return self._guarded(snapshot, latency.trust.kept_so_far)
         reason, is_whole = PEAK, False
         if latency.largest_batch < seqs:
             wanted = latency.largest_batch

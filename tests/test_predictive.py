@@ -381,6 +381,7 @@ def served(
     num_requests=100,
     seed=0,
     workload="sharegpt",
+    max_num_seqs=256,
 ):
     """Requests of real lengths, in bursts, on a virtual GPU; deterministic to the last digit."""
     spec = WorkloadSpec(workload, arrivals, num_requests, seed=seed)
@@ -389,7 +390,7 @@ def served(
         TimedRequest(planned.arrival_seconds, request)
         for planned, request in zip(spec.build().requests, requests, strict=True)
     ]
-    with VirtualEngine(VirtualEngineConfig(profile, noise=noise)) as engine:
+    with VirtualEngine(VirtualEngineConfig(profile, max_num_seqs, noise=noise)) as engine:
         engine.set_policy(built(policy, slo) if isinstance(policy, str) else policy)
         return replay(engine, timed, slo, Silent())
 
@@ -484,6 +485,31 @@ def test_prompts_that_share_a_prefix_are_batched_up_to_the_target():
     shared = served("predictive", slo, num_requests=120, **load)
     assert np.percentile(shared.itl_ms, 99) <= 20.0
     assert np.median(shared.itl_ms) > 0.9 * 20.0
+
+
+def test_prompts_of_one_short_length_do_not_keep_it_in_doubt(monkeypatch):
+    """Near the capacity of a full batch, where `memory+sla` alone would leave places empty."""
+    slo = Slo(itl_slo_ms=21.0, ttft_slo_ms=2000.0)
+    policy, sources = built("predictive", slo), []
+    decide = policy.decide
+
+    def noted(seen):
+        decision = decide(seen)
+        sources.append(decision.source)
+        return decision
+
+    monkeypatch.setattr(policy, "decide", noted)
+    run = served(
+        policy,
+        slo,
+        arrivals="poisson:24",
+        num_requests=800,
+        workload="fixed:prompt_tokens=128:output_tokens=256",
+        max_num_seqs=64,
+        noise=0.05,
+    )
+    assert sources[-1000:] == [Source.PREDICTIVE] * 1000
+    assert run.slo_attainment == 1.0
 
 
 def test_the_same_run_gives_the_same_numbers():

@@ -66,7 +66,7 @@ def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_setting(service):
 
 def test_the_least_chunk_reaches_the_policy():
     policy = read({"itl_slo_ms": 40, "min_prefill_chunk": 512}).build_policy()
-    assert policy._latency.slow_start_tokens == 512
+    assert policy._latency.trust.kept_so_far == 512
 
 
 def test_off_needs_no_valid_policy():
