@@ -1,9 +1,10 @@
 """What batchpilot's code adds to each vLLM step: `python -m batchpilot.env.bench.overhead`.
 
 vLLM's real scheduler runs without a model, saturated (requests always wait), with as many sequences
-running as asked. For each policy it prints the time our code took of a step (deciding before
-`schedule()`, reading after it, recording in `update_from_output()`), and what share of vLLM's own
-`schedule()` that is. Times are of this machine; the ratio travels.
+running as asked. The policies see the step times of a GPU profile, with noise, and a target that
+those keep: a learned model is trusted, and decides. For each policy it prints the time our code
+took of a step (deciding before `schedule()`, reading after it, recording once its result is back),
+and what share of vLLM's own `schedule()` that is. Times are of this machine; the ratio travels.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ from batchpilot.agents.catalog import SELF_CONTAINED, PolicySpec
 from batchpilot.agents.shadow import ShadowedPolicy
 from batchpilot.env.engine import EngineRequest
 from batchpilot.env.models import tiny_model_path
+from batchpilot.env.profiles import load_profile
 from batchpilot.env.scheduler_core import SchedulerCore, SchedulerCoreConfig
 
 PROMPT_TOKENS = 128
 MEAN_OUTPUT_TOKENS = 256
-#: Met by no step, so that a latency rule works at its limit without ever shrinking the batch.
-TARGETS = {"itl_slo_ms": 60_000.0, "ttft_slo_ms": 60_000.0}
+#: As many as `predictive` looks at in one step.
+WAITING = 32
+PROFILE = "llama-3.1-8b-h100"
+STEP_NOISE = 0.05
+#: Of a step without prompts: a latency rule works at its limit, and keeps the batch as it is.
+ITL_SLO_STEPS = 2.0
+TTFT_SLO_MS = 2000.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class SaturatedScheduler:
 
     def __init__(self, running: int) -> None:
         """Builds it; about a second."""
+        self._profile = load_profile(PROFILE)
         longest = PROMPT_TOKENS + 8 * MEAN_OUTPUT_TOKENS
         config = SchedulerCoreConfig(
             max_num_seqs=running,
@@ -72,7 +80,16 @@ class SaturatedScheduler:
         self.running = running
         self._rng = np.random.default_rng(0)
         self._ids = count()
-        self._in_flight: deque[Any] = deque()
+        self._in_flight: deque[tuple[Any, float]] = deque()
+        self._clock = 0.0
+        self.core.hook.set_clock(lambda: self._clock)
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """Latency targets, in ms, that a batch of so many keeps."""
+        context = self.running * (PROMPT_TOKENS + MEAN_OUTPUT_TOKENS)
+        step_seconds = self._profile.step_time.seconds(self.running, 0, context)
+        return {"itl_slo_ms": 1e3 * ITL_SLO_STEPS * step_seconds, "ttft_slo_ms": TTFT_SLO_MS}
 
     def steps(self, number: int) -> tuple[list[float], list[float]]:
         """Runs steps; returns seconds in our code and in vLLM's `schedule()` of each."""
@@ -82,17 +99,28 @@ class SaturatedScheduler:
             self._keep_waiting()
             before = stats.hook_seconds
             started = time.perf_counter()
-            self._in_flight.append(self.core.schedule())
+            output = self.core.schedule()
             scheduled = time.perf_counter() - started
             theirs.append(scheduled - (stats.hook_seconds - before))
+            self._in_flight.append((output, self._step_seconds()))
             if len(self._in_flight) > 1:
-                self.core.complete(self._in_flight.popleft())
+                self._complete()
             ours.append(stats.hook_seconds - before)
         return ours, theirs
 
+    def _step_seconds(self) -> float:
+        """What the step just scheduled would take on the GPU."""
+        noise = float(self._rng.lognormal(sigma=STEP_NOISE))
+        return noise * self._profile.step_time.seconds(*self.core.load)
+
+    def _complete(self) -> None:
+        output, seconds = self._in_flight.popleft()
+        self._clock += seconds
+        self.core.complete(output)
+
     def _keep_waiting(self) -> None:
         _, waiting = self.core.scheduler.get_request_counts()
-        for _ in range(max(0, 8 - waiting)):
+        for _ in range(max(0, WAITING - waiting)):
             output = min(1 + int(self._rng.exponential(MEAN_OUTPUT_TOKENS)), 7 * MEAN_OUTPUT_TOKENS)
             prompt = [7] * PROMPT_TOKENS
             self.core.add_request(EngineRequest(str(next(self._ids)), prompt, output))
@@ -109,9 +137,10 @@ def measure(
         steps: Measured.
         shadow: Decides beside it, where one does.
     """
-    built = PolicySpec.parse(policy).build(TARGETS)
+    targets = scheduler.targets
+    built = PolicySpec.parse(policy).build(targets)
     if shadow is not None:
-        built = ShadowedPolicy(built, PolicySpec.parse(shadow).build(TARGETS))
+        built = ShadowedPolicy(built, PolicySpec.parse(shadow).build(targets))
         policy = f"{policy}, shadow {shadow}"
     scheduler.core.hook.set_policy(built)
     scheduler.steps(steps)
