@@ -14,13 +14,18 @@ LOOKED_AT = 32
 
 
 class _Pending:
-    """A request without its first token: when it was first seen, and prompt tokens not yet done."""
+    """A request without its first token: when it was first seen, and prompt tokens not yet done.
 
-    __slots__ = ("left", "prompt_tokens", "since")
+    Its work is kept until it, or what is learned elsewhere and it hangs on, is another.
+    """
+
+    __slots__ = ("known_work", "known_work_of", "left", "prompt_tokens", "since")
 
     def __init__(self, prompt_tokens: int) -> None:
         self.since: float | None = None
         self.prompt_tokens = self.left = prompt_tokens
+        self.known_work = 0.0
+        self.known_work_of: object = None
 
     def to_compute(self, cached_share: float) -> int:
         """Tokens it is expected to compute: all that are left, once it has begun."""
@@ -68,6 +73,7 @@ class PrefillQueue:
         self._step_seconds = 0.0
         self._prompts_done: int | None = None
         self._uncounted = 0.0
+        self._learned = (0.0, 0.0)
         self._begun_tokens = self._untouched_tokens = 0
         self.first_tokens = self.late_first_tokens = 0
 
@@ -90,6 +96,7 @@ class PrefillQueue:
             self._forget(request)
             taken = min(done, request.left)
             request.left -= taken
+            request.known_work_of = None
             self._begun_tokens += request.left
             done -= taken
             if not done:
@@ -175,10 +182,16 @@ class PrefillQueue:
         """
         planned, cached_share = share * self.target_seconds, self._hits.share
         ahead = needed = 0.0
+        learned = self._learned
+        if learned != (attention, cached_share):
+            self._learned = learned = (attention, cached_share)
         for request in islice(self._pending, LOOKED_AT):
-            ahead += request.work(attention, cached_share)
-            since = now if request.since is None else request.since
-            left = planned - (now - since)
+            if request.known_work_of is not learned:
+                request.known_work_of = learned
+                request.known_work = request.work(attention, cached_share)
+            ahead += request.known_work
+            since = request.since
+            left = planned if since is None else planned - (now - since)
             if needed * left < ahead < at_most * left:
                 needed = ahead / left
         return needed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from batchpilot.agents.bunches import Bunches, StepOption
 from batchpilot.agents.catch_up import CatchUp
 from batchpilot.agents.late_gaps import LateGapBudget
@@ -125,17 +127,18 @@ class SlowSteps:
     def _tokens(
         self, snapshot: EngineSnapshot, usual: StepOption, kv_tokens: int, prompts: PromptsAhead
     ) -> int:
-        slow = self._slow_step(snapshot, usual.seconds, kv_tokens, prompts)
         self._steps_to_look -= 1
         if self._steps_to_look <= 0:
             self._steps_to_look = LOOK_STEPS
+            slow = self._slow_step(snapshot, usual.seconds, kv_tokens, prompts)
             self._look_at_bunches(snapshot.decode_seqs, usual, slow, kv_tokens)
-        if self._bunches.is_bunching:
-            # A step with any of a prompt in it costs those who decode most of a slow one already.
-            has_begun = snapshot.prompt_computed > 0 and snapshot.prompt_left > 0
-            due = has_begun or self._bunches.is_due(slow)
-            return self.queue.whole_prompts(slow.prompt_tokens) if due else 0
-        return slow.prompt_tokens if self._is_needed(snapshot, usual, slow, prompts) else 0
+        if not self._bunches.is_bunching:
+            return self._tokens_needed(snapshot, usual, kv_tokens, prompts)
+        slow = self._slow_step(snapshot, usual.seconds, kv_tokens, prompts)
+        # A step with any of a prompt in it costs those who decode most of a slow one already.
+        has_begun = snapshot.prompt_computed > 0 and snapshot.prompt_left > 0
+        due = has_begun or self._bunches.is_due(slow)
+        return self.queue.whole_prompts(slow.prompt_tokens) if due else 0
 
     def _look_at_bunches(
         self, decode_seqs: int, usual: StepOption, slow: StepOption, kv_tokens: int
@@ -158,35 +161,37 @@ class SlowSteps:
             return StepOption(self._step_time.predict(decodes, most, kv_tokens, prompts), most)
         return StepOption(seconds, tokens)
 
-    def _is_needed(
-        self,
-        snapshot: EngineSnapshot,
-        usual: StepOption,
-        slow: StepOption,
-        prompts: PromptsAhead,
-    ) -> bool:
-        """Whether what usual steps lacked adds up to a slow one, and it can be paid for."""
-        attention = self._step_time.attention_tokens
-        usual_work, slow_work = (
-            step.prompt_tokens + attention * prompts.squares(step.prompt_tokens)
-            for step in (usual, slow)
-        )
-        pace = self.queue.pace_needed(
-            snapshot.clock_seconds,
-            share=TTFT_AIM,
-            at_most=slow_work / slow.seconds,
-            attention=attention,
-        )
+    def _tokens_needed(
+        self, snapshot: EngineSnapshot, usual: StepOption, kv_tokens: int, prompts: PromptsAhead
+    ) -> int:
+        """Those of a slow step, if what usual ones lacked adds up to one that can be paid for."""
+        now, usual_work = snapshot.clock_seconds, self._work(usual, prompts)
+        # Mostly usual steps are fast enough even for those who would be given up.
+        if self._pace_needed(now, math.inf) * usual.seconds <= usual_work:
+            self._lacking = 0.0
+            return 0
+        slow = self._slow_step(snapshot, usual.seconds, kv_tokens, prompts)
+        slow_work = self._work(slow, prompts)
+        pace = self._pace_needed(now, slow_work / slow.seconds)
         lacking = pace * usual.seconds - usual_work
         if lacking <= 0:
             self._lacking = 0.0
-            return False
+            return 0
         in_budget = self._late_gaps.allows(snapshot.decode_seqs)
         if not (in_budget or self._pace.affords(slow.seconds, PACE_AIM)):
-            return False
+            return 0
         self._lacking += lacking
         brings = slow_work - pace * slow.seconds
         if self._lacking < brings:
-            return False
+            return 0
         self._lacking -= brings
-        return True
+        return slow.prompt_tokens
+
+    def _work(self, step: StepOption, prompts: PromptsAhead) -> float:
+        """Of a step's prompt tokens, in tokens: those that attend to more count for more."""
+        attended = prompts.squares(step.prompt_tokens)
+        return step.prompt_tokens + self._step_time.attention_tokens * attended
+
+    def _pace_needed(self, now: float, at_most: float) -> float:
+        attention = self._step_time.attention_tokens
+        return self.queue.pace_needed(now, share=TTFT_AIM, at_most=at_most, attention=attention)

@@ -107,11 +107,11 @@ class PromptsAhead(NamedTuple):
 
     def stretches(self) -> tuple[tuple[float, float, bool], ...]:
         """Where `squares` has which form: its tokens, slope at the start, and whether it bends."""
-        return (
-            (self.left, 2.0 * self.computed, True),
+        follow = (
             (self.length - self.cached, 2.0 * self.cached, True),
             (math.inf, self.length + self.cached, False),
         )
+        return ((self.left, 2.0 * self.computed, True), *follow) if self.left else follow
 
 
 #: Prompts of which nothing is known: taken for one, from its beginning.
@@ -147,6 +147,8 @@ class StepTimeEstimator:
         bias: Mean of the newest few dozen innovations, each relative and at most 1: far from 0, the
             model is wrong.
         has_weights: Whether it can predict at all.
+        attention_tokens: Prompt tokens that take as long as one more of S; 0 where tokens cost
+            nothing.
 
     Limitations: it knows a step by four numbers; where the fourth, S, is not known, its prompts are
     taken for one that is computed from its beginning.
@@ -172,6 +174,7 @@ class StepTimeEstimator:
         self.speed = 1.0
         self.bias = 0.0
         self.has_weights = False
+        self.attention_tokens = 0.0
 
     @property
     def noise(self) -> float:
@@ -182,12 +185,6 @@ class StepTimeEstimator:
     def weights(self) -> tuple[float, ...]:
         """w0, wd, wk, wm, we and the w_j of the form, in seconds per unit, without the speed."""
         return tuple(self._weights)
-
-    @property
-    def attention_tokens(self) -> float:
-        """Prompt tokens that take as long as one more of S; 0 where tokens cost nothing."""
-        token = sum(self._weights[5:])
-        return self._weights[4] / token if token > 0 else 0.0
 
     def warm_start(self, steps: Iterable[StepRecord]) -> None:
         """Learns from steps that were not measured here, such as a profile's.
@@ -408,6 +405,8 @@ class StepTimeEstimator:
             information, self._moment + inertia * held, self._free & (held > 0), self._free
         )
         self._weights = (weights * self._scales).tolist()
+        token = sum(self._weights[5:])
+        self.attention_tokens = self._weights[4] / token if token > 0 else 0.0
         self.has_weights = True
 
 
