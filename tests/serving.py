@@ -20,7 +20,7 @@ from batchpilot.service.server import Service
 from batchpilot.service.settings import parse_settings
 
 #: Nothing in a test waits longer than this.
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 
 
 @asynccontextmanager

@@ -50,9 +50,12 @@ def test_health_turns_before_the_streams_end():
             assert [await health_of(channel, name) for name in NAMES] == [SERVING] * 3
             engine = Engine(channel)
             await engine.begin()
-            watching = tuner_pb2_grpc.TunerServiceStub(channel).WatchEngine(pb.WatchEngineRequest())
+            stub = tuner_pb2_grpc.TunerServiceStub(channel)
+            # So seldom that nothing unread stands before the end.
+            watching = stub.WatchEngine(pb.WatchEngineRequest(interval_ms=60_000))
             await watching.read()
-            stopping = asyncio.create_task(service.stop(drain_seconds=0.5))
+            # Time enough to ask twice, on a busy machine too.
+            stopping = asyncio.create_task(service.stop(drain_seconds=3.0))
             while await health_of(channel) != NOT_SERVING:
                 await asyncio.sleep(0.01)
             assert (await engine.ask(1)).sequence == 1  # still answered while it drains
@@ -207,7 +210,7 @@ def test_the_contract_can_be_explored_from_a_shell():
 def scrape(service):
     """The metrics page as {name: {labels: value}}."""
     url = f"http://{service._page.address}/metrics"
-    with urllib.request.urlopen(url, timeout=5) as response:
+    with urllib.request.urlopen(url, timeout=PATIENCE_SECONDS) as response:
         text = response.read().decode()
     found = {}
     for family in text_string_to_metric_families(text):
@@ -257,7 +260,7 @@ def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
                 name: {me: value} for name, value in expected.items()
             }
             assert page["bound"] == {(("binding", "max_num_seqs"), *me): 1}
-            assert 0 <= page["report_age_seconds"][me] < 5
+            assert 0 <= page["report_age_seconds"][me] < PATIENCE_SECONDS
             assert page["sessions"] == {(("group", "chat"),): 2}
             assert page["engines_without_series"] == {(): 1}
             assert page["canary_problem"] == {(("group", "chat"),): 1}
@@ -308,7 +311,7 @@ def test_signals_stop_it_gracefully_and_its_log_is_json(service_process, tmp_pat
         with pytest.raises(grpc.RpcError) as ended:
             next(answers)
         assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=PATIENCE_SECONDS) == 0
     last = [json.loads(line) for line in process.stderr][-1]
     assert (last["level"], last["logger"]) == ("info", "batchpilot.service")
     assert last["message"] == "stopped"
@@ -319,7 +322,7 @@ def forever(requests):
     yield from requests
     import threading
 
-    threading.Event().wait(timeout=10)
+    threading.Event().wait(timeout=PATIENCE_SECONDS)
 
 
 def wait_for_line(process, text):
@@ -348,21 +351,24 @@ MADE_AGAIN = {
 
 def test_engines_of_a_replica_that_is_killed_go_on_at_another(service_process):
     """One target with two addresses, as a DNS name with two records gives a client."""
-    first, address = service_process("--policy", "static:max_num_seqs=60")
-    _, other = service_process("--policy", "static:max_num_seqs=70")
-    target = f"ipv4:{address},{other}"
+    processes, addresses = {}, []
+    for number in (60, 70):
+        processes[number], address = service_process("--policy", f"static:max_num_seqs={number}")
+        addresses.append(address)
+    target = f"ipv4:{','.join(addresses)}"
     options = [("grpc.service_config", json.dumps(MADE_AGAIN))]
     with grpc.insecure_channel(target, options) as channel:
         stub = tuner_pb2_grpc.TunerServiceStub(channel)
         key = hello().id
         asked = pb.GetLimitsRequest(id=key, hello=hello(), report=report(1))
         before = stub.GetLimits(asked, wait_for_ready=True, timeout=PATIENCE_SECONDS)
-        assert before.lease.limits.max_num_seqs == 60
-        first.kill()
-        first.wait()
+        dies = before.lease.limits.max_num_seqs  # the first, unless it took long to answer
+        (stays,) = {60, 70} - {dies}
+        processes[dies].kill()
+        processes[dies].wait()
         asked.report.sequence = 2  # the other has never heard of this engine
         after = stub.GetLimits(asked, wait_for_ready=True, timeout=PATIENCE_SECONDS)
-        assert after.lease.limits.max_num_seqs == 70
+        assert after.lease.limits.max_num_seqs == stays
 
 
 def test_an_address_in_use_is_an_error_that_says_so(service_process):

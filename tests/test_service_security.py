@@ -172,6 +172,8 @@ def test_a_token_that_is_taken_away_ends_its_streams_and_no_others(tmp_path, acc
             assert (await first.ask(1)).sequence == 1
             write_clients(path, [{"name": "half"}])  # refused: what was read before stays
             service.reloader.now()
+            while not service.meters.reloads["failed"]:
+                await asyncio.sleep(0.01)
             assert (await first.ask(2)).sequence == 2
 
     run(test)

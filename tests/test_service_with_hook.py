@@ -16,7 +16,7 @@ from batchpilot.scheduler_hook.remote_link import EngineIdentity, remote_link
 from batchpilot.scheduler_hook.settings import HookSettings
 
 FACTS = EngineFacts(BatchLimits(256, 8192), total_blocks=1000, block_size=16)
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 class Engine:
@@ -94,7 +94,8 @@ def test_engines_of_a_killed_replica_move_to_the_other_before_their_leases_end(
         process, address = service_process("--config", str(path))
         processes[number] = process
         addresses.append(address)
-    fleet = [engines(",".join(addresses), f"node-{number}") for number in range(6)]
+    targets, longest = ",".join(addresses), {"service_max_lease_seconds": 20.0}
+    fleet = [engines(targets, f"node-{number}", **longest) for number in range(6)]
     wait_until(lambda: all(limit(engine) in (60, 70) for engine in fleet))
     dies = limit(fleet[0])  # an engine begins at any of them
     (stays,) = {60, 70} - {dies}
@@ -125,13 +126,13 @@ def test_reports_that_bring_nothing_new_go_unanswered_and_the_lease_never_ends(
     service_process, engines, tmp_path
 ):
     path = tmp_path / "service.yaml"
-    default = {"policy": "static", "lease_ms": 4000, "report_interval_ms": 100}
+    default = {"policy": "static", "lease_ms": 6000, "report_interval_ms": 100}
     path.write_text(yaml.safe_dump({"default": default}))
     _, address = service_process("--config", str(path))
-    engine = engines(address, "node-1", service_max_lease_seconds=4.0)
+    engine = engines(address, "node-1", service_max_lease_seconds=6.0)
     wait_until(lambda: limit(engine) == 256)
     local, stats = engine.sources[Source.FALLBACK], engine._client.stats
-    wait_until(lambda: stats.leases["accepted"] == 4)  # one every two seconds
+    wait_until(lambda: stats.leases["accepted"] >= 4)  # one every three seconds
     assert stats.reports_sent > 5 * stats.leases["accepted"]
     assert engine.sources[Source.FALLBACK] == local
     assert not stats.failures
