@@ -31,6 +31,7 @@ class Server:
             service_targets=target,
             service_group=group,
             service_engine=name,
+            service_max_lease_seconds=20.0,  # no busy machine takes so long
             itl_slo_ms=40,
         )
         identity = EngineIdentity(engine.facts, "a-model", 0, "0.32.0")
@@ -47,6 +48,8 @@ class Server:
             while self._engine.snapshot().waiting < 8:
                 self._engine.add_request(EngineRequest(f"r{next(ids)}", [7] * 100, 30))
             while self._engine.clock_seconds < time.monotonic() - began:
+                if not self._engine.has_unfinished_requests():
+                    break  # far behind, on a busy machine
                 self._engine.step()
             time.sleep(0.01)
 
@@ -57,8 +60,10 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def target():
-    with ServiceProcess("static:max_num_seqs=20") as service:
+def target(tmp_path_factory):
+    path = tmp_path_factory.mktemp("service") / "service.yaml"
+    path.write_text("default: {lease_ms: 20000}\n")
+    with ServiceProcess("static:max_num_seqs=20", "--config", str(path)) as service:
         yield service.target
 
 
@@ -86,7 +91,7 @@ def test_it_sees_what_the_server_reports(server, target):
     assert window.waiting > 0
     assert window.limits == BatchLimits(20, 2048)
     assert window.decode_tokens > 100
-    assert 0.2 < window.seconds < 3
+    assert 0.2 < window.seconds < 30
     assert engine.applied_limits == BatchLimits(20, 2048)
     assert (engine.source, engine.binding) == ("remote", "max_num_seqs")
 
@@ -121,14 +126,12 @@ def play_with_the_middle_action(env):
 
 
 def test_a_server_goes_back_to_its_policy_when_its_agent_is_gone(server, target):
-    engine, seen = ServedEngine(config(target, mode="steer", hold_seconds=4.0)), []
-
-    def is_back():
-        seen.append(engine.collect(0.3).limits)
-        return BatchLimits(20, 512) in seen and seen[-1] == BatchLimits(20, 2048)
-
+    engine = ServedEngine(config(target, mode="steer"))
     engine.apply(BatchLimits(20, 512))
-    assert until(is_back, 1.0)  # nothing more is asked for, and nobody has closed it
+    assert until(lambda: engine.collect(0.3).limits == BatchLimits(20, 512), 2.0)
+    engine.config = config(target, mode="steer", hold_seconds=1.0)
+    engine.apply(BatchLimits(20, 512))  # nothing more is asked for, and nobody closes it
+    assert until(lambda: engine.collect(0.3).limits == BatchLimits(20, 2048), 2.0)
     engine.close()
 
 
@@ -148,9 +151,7 @@ def test_the_environment_steers_by_actions_and_rewards_tokens_in_time(server, ta
         min_num_seqs=2,
         capacity_tokens_per_s=1000.0,
     )
-    for _ in range(
-        6
-    ):  # sequences beyond a new limit first run to their end, on a busy machine long
+    for _ in range(20):  # sequences beyond a new limit end first, on a busy machine late
         info, reward = play_with_the_middle_action(env)
         if info["applied_limits"] == info["proposed_limits"]:
             break

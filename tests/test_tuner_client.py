@@ -4,19 +4,25 @@ import logging
 import multiprocessing
 import threading
 import time
+from contextlib import closing
 
 import pytest
 from driving import build_core, drive, random_requests
+from tcp_proxy import Proxy
 from tuner_double import Authority, Double, Server, lease, until
 
 from batchpilot.agents.catalog import PolicySpec
 from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot, Source, StepRecord
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as wire
-from batchpilot.scheduler_hook import tuner_channel, tuner_session
+from batchpilot.scheduler_hook import tuner_channel, tuner_client, tuner_session
 from batchpilot.scheduler_hook.remote_link import EngineIdentity, remote_link
 from batchpilot.scheduler_hook.settings import HookSettings
-from batchpilot.scheduler_hook.tuner_client import OUTBOX_REPORTS, Backoff
+from batchpilot.scheduler_hook.tuner_client import (
+    FIRST_INTERVAL_SECONDS,
+    OUTBOX_REPORTS,
+    Backoff,
+)
 
 FACTS = EngineFacts(BatchLimits(64, 2048), total_blocks=100, block_size=16)
 IDENTITY = EngineIdentity(FACTS, "a-model", 3, "0.32.0")
@@ -27,8 +33,13 @@ class Engine:
     """An engine's thread, a step at a time, in mode remote."""
 
     def __init__(self, targets, **settings):
-        settings = {"service_engine": "host-1", "service_min_report_seconds": 0.02} | settings
-        self.settings = HookSettings(mode="remote", service_targets=targets, **settings)
+        given = {
+            "service_engine": "host-1",
+            "service_min_report_seconds": 0.02,
+            "service_max_lease_seconds": 20.0,  # no busy machine takes so long to answer
+            **settings,
+        }
+        self.settings = HookSettings(mode="remote", service_targets=targets, **given)
         local = PolicySpec.parse("static:max_num_seqs=3").build()
         self.policy, self.client = remote_link(self.settings, IDENTITY, local)
         self.client._backoff = Backoff(first_seconds=0.02, longest_seconds=0.2)
@@ -38,13 +49,14 @@ class Engine:
         self.policy.observe(STEP)
         return decision
 
-    def steps_until(self, condition, seconds=10.0):
+    def steps_until(self, condition, seconds=30.0):
+        """The first decision that fulfils it; None where there was none in time."""
         for _ in range(int(seconds / 0.005)):
             decision = self.step()
             if condition(decision):
-                return True
+                return decision
             time.sleep(0.005)
-        return False
+        return None
 
     def __enter__(self):
         return self
@@ -61,6 +73,13 @@ def is_fallback(decision):
     return decision.source is Source.FALLBACK
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A busy machine is no reason to give up a service that begins, or a thread that ends."""
+    monkeypatch.setattr(tuner_session, "WELCOME_SECONDS", 20.0)
+    monkeypatch.setattr(tuner_client, "CLOSE_SECONDS", 20.0)
+
+
 @pytest.fixture
 def log(caplog):
     logger = logging.getLogger("vllm.batchpilot")
@@ -73,9 +92,8 @@ def log(caplog):
 def test_hello_reports_and_leases_go_back_and_forth(log):
     with Server(Double()) as server, Engine(server.target, itl_slo_ms=40) as engine:
         assert is_fallback(engine.step())
-        assert engine.steps_until(is_remote)
-        assert engine.step().limits == BatchLimits(7, 128)
-        assert engine.step().reason == "static"
+        decision = engine.steps_until(is_remote)
+        assert (decision.limits, decision.reason) == (BatchLimits(7, 128), "static")
         assert engine.steps_until(lambda _: engine.client.stats.leases["accepted"] >= 3)
         (hello,), double = server.double.hellos, server.double
     assert (hello.id.group, hello.id.engine) == ("default", "host-1")
@@ -90,7 +108,7 @@ def test_hello_reports_and_leases_go_back_and_forth(log):
     assert report.window.decode_tokens == 3 * report.window.steps
     assert report.window.seconds > 0
     assert report.local_limits.max_num_seqs == 3
-    assert 0 < report.lease_remaining_ms <= 2000
+    assert 0 < report.lease_remaining_ms <= 20_000
     assert not report.steps
     assert len([line for line in log() if "follows the tuning service" in line]) == 1
 
@@ -104,7 +122,7 @@ def test_nothing_is_opened_before_the_first_step_and_nothing_stays_after_the_las
     with Server(Double()) as server:
         started = set(threading.enumerate())
         with Engine(server.target) as engine:
-            assert set(threading.enumerate()) == started
+            assert set(threading.enumerate()) <= started  # one of another test may end
             engine.steps_until(is_remote)
             assert any(t.name == "batchpilot-tuner" for t in threading.enumerate())
         assert not any(t.name == "batchpilot-tuner" for t in threading.enumerate())
@@ -199,13 +217,16 @@ def test_the_next_replica_takes_over_when_one_dies():
 
 
 def test_a_service_that_comes_back_is_followed_again():
-    with Server(Double()) as server, Engine(server.target) as engine:
-        engine.steps_until(is_remote)
-        server.stop()
-        assert engine.steps_until(is_fallback)
-        with Server(Double(), port=server.port) as again:
+    with Server(Double()) as server, closing(Proxy(server.port)) as proxy:
+        target = f"localhost:{proxy.port}"  # stays ours while no service is there
+        with Engine(target, service_max_lease_seconds=2.0) as engine:
             assert engine.steps_until(is_remote)
-            assert again.double.hellos
+            server.stop()
+            assert engine.steps_until(is_fallback)
+            with Server(Double()) as again:
+                proxy.upstream = again.port
+                assert engine.steps_until(is_remote)
+                assert again.double.hellos
 
 
 def test_a_silent_service_is_given_up_after_the_longest_lease():
@@ -224,15 +245,22 @@ def test_a_silent_service_is_given_up_after_the_longest_lease():
 def test_a_service_that_only_takes_reports_is_left_ever_more_slowly():
     with (
         Server(Double(answer=lambda report: ())) as server,
-        Engine(server.target, service_max_lease_seconds=0.1) as engine,
+        Engine(server.target, service_max_lease_seconds=0.5) as engine,
     ):
-        assert engine.client.patience_seconds == 0.1
-        assert engine.steps_until(lambda _: engine.client.stats.failures["SILENT"] == 2)
-        assert until(lambda: engine.client.patience_seconds == 0.4)
+        client, patience = engine.client, [engine.client.patience_seconds]
+        lost = client._lost
+
+        def noted(target, why):
+            patience.append(client.patience_seconds)
+            lost(target, why)
+
+        client._lost = noted
+        assert engine.steps_until(lambda _: client.stats.failures["SILENT"] >= 2)
+        assert patience[:3] == [0.5, 1.0, 2.0]
         server.double.answer = lambda report: [lease(report)]
         assert engine.steps_until(is_remote)
         server.stop()
-        assert engine.steps_until(lambda _: engine.client.patience_seconds == 0.1)
+        assert engine.steps_until(lambda _: client.patience_seconds == 0.5)
 
 
 def shifted(by):
@@ -245,7 +273,7 @@ NONSENSE = {
     "huge": (lambda r: [lease(r, tokens=2**31)], "out_of_range"),
     "no limits": (lambda r: [wire.TuneResponse(lease={"sequence": r.sequence})], "no_limits"),
     "no lease": (lambda r: [lease(r, ms=0)], "no_lease"),
-    "from the future": (shifted(1), "unknown_report"),
+    "from the future": (shifted(10**6), "unknown_report"),
     "of no report": (lambda r: [lease(r, sequence=0)], "unknown_report"),
     "empty": (lambda r: [wire.TuneResponse()], "empty"),
 }
@@ -303,7 +331,7 @@ def test_however_often_the_service_is_sought_in_vain_no_more_reports_wait_than_a
         assert len(client.outbox) == OUTBOX_REPORTS
         with Server(Double()) as server:
             client._targets = tuner_channel.rotation((server.target,))
-            assert engine.steps_until(lambda _: server.double.reports)
+            assert until(lambda: server.double.reports)  # without a step that could come between
             assert engine.steps_until(is_remote)
     first = server.double.reports[0]
     assert 1 <= first.window.steps <= OUTBOX_REPORTS  # a step each
@@ -344,7 +372,7 @@ def test_after_an_outage_no_message_holds_more_steps_than_the_service_takes(monk
 
 
 def test_reports_and_the_end_wake_the_sender_at_once(monkeypatch):
-    monkeypatch.setattr(tuner_session, "LOOK_SECONDS", 60.0)
+    monkeypatch.setattr(tuner_session, "LOOK_SECONDS", 600.0)
     with Server(Double()) as server:
         before = set(threading.enumerate())
         with Engine(server.target) as engine:
@@ -411,19 +439,17 @@ def test_the_time_of_day_plays_no_part(monkeypatch):
 
 def test_closing_is_quick_whatever_the_service_does():
     with Server(Double(answer=lambda report: ())) as server:
-        engine = Engine(server.target)
-        engine.steps_until(lambda _: engine.client.stats.reports_sent)
-        started = time.monotonic()
+        engine = Engine(server.target, service_max_lease_seconds=60.0)
+        assert engine.steps_until(lambda _: engine.client.stats.reports_sent)
         engine.client.close()
-        assert not engine.client._thread.is_alive()
+        assert not engine.client._thread.is_alive()  # it has not waited for an answer
         engine.client.close()
         assert is_fallback(engine.step())  # a late step finds the local policy
-        assert time.monotonic() - started < 2.0
 
 
 def in_a_child(engine, results):
     results.put(engine.client.stats.connected)
-    results.put(engine.steps_until(is_remote))
+    results.put(bool(engine.steps_until(is_remote)))
     results.put(len([t for t in threading.enumerate() if t.name == "batchpilot-tuner"]))
     engine.client.close()
 
@@ -446,9 +472,19 @@ def test_a_hook_built_by_vllm_in_mode_remote_serves_every_request_and_closes(mon
         monkeypatch.setenv("BATCHPILOT_MODE", "remote")
         monkeypatch.setenv("BATCHPILOT_POLICY", "memory")
         monkeypatch.setenv("BATCHPILOT_SERVICE_TARGETS", server.target)
+        monkeypatch.setenv("BATCHPILOT_SERVICE_MAX_LEASE_SECONDS", "20")
         core = build_core()
         requests = random_requests(5, count=200)
-        run = drive(core, requests, before_step=lambda step: time.sleep(0.002))
+
+        def before_step(step):
+            time.sleep(0.002)
+            if step == 100:  # a report goes with this step, and is answered before the next
+                assert until(lambda: server.double.hellos)
+                time.sleep(FIRST_INTERVAL_SECONDS)
+            elif step > 100:
+                assert until(lambda: core.hook.policy._leases.current)
+
+        run = drive(core, requests, before_step=before_step)
         assert run.output_tokens == {r.request_id: r.output_tokens for r in requests}
         assert core.hook.stats.decisions[Source.REMOTE] > 50
         assert core.hook.stats.decisions[Source.FALLBACK] > 0

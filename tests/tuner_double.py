@@ -19,7 +19,7 @@ from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc as rpc
 Answer = Callable[[wire.Report], Iterable[wire.TuneResponse]]
 
 
-def lease(report: wire.Report, seqs: int = 7, tokens: int = 128, ms: int = 2000, **more: Any):
+def lease(report: wire.Report, seqs: int = 7, tokens: int = 128, ms: int = 20_000, **more: Any):
     """An answer in good order, unless told otherwise."""
     fields = {"sequence": report.sequence, "source": "static", "policy": "static", **more}
     limits = wire.BatchLimits(max_num_seqs=seqs, max_num_batched_tokens=tokens)
@@ -90,7 +90,7 @@ class Server:
         self.stop()
 
 
-def until(condition: Callable[[], object], seconds: float = 10.0) -> bool:
+def until(condition: Callable[[], object], seconds: float = 30.0) -> bool:
     """Waits for something another thread does; False where it did not in time."""
     pause = threading.Event()
     for _ in range(int(seconds / 0.01)):
