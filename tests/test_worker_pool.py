@@ -20,8 +20,9 @@ from batchpilot.env.process import worker_pool
 
 if __name__ == "__main__":
     with worker_pool(1) as pool:
-        print(pool.submit(os.getpid).result(), flush=True)
-        pool.submit(time.sleep, 600).result()
+        worker, work = pool.submit(os.getpid).result(), pool.submit(time.sleep, 600)
+        print(worker, flush=True)
+        work.result()
 """
 
 
@@ -63,7 +64,6 @@ def test_a_sigterm_takes_the_processes_along(tmp_path: Path):
     ) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
-        time.sleep(0.2)  # it waits for the long work by now
         parent.send_signal(signal.SIGTERM)
         assert parent.wait(timeout=60) == -signal.SIGINT  # as if interrupted
     with pytest.raises(ProcessLookupError):
