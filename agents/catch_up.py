@@ -1,4 +1,4 @@
-"""When the queue is caught up with at any pace, since that costs those who run nothing."""
+"""When the queue is caught up with at any pace, since that costs those who run little."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
 
 #: Share of those who run whose first token was late, from which on their pace is worth little.
 MOST_LOST = 0.5
-#: It begins where all who wait can be computed within this share of the target, arrivals aside: a
-#: queue that takes longer has gained as many by then.
+#: For their sake it begins where all who wait can be computed within this share of the target,
+#: arrivals aside: a queue that takes longer has gained as many by then.
 SOON = 1.0
 #: And ends once the oldest has waited for no more than this share of it: those behind have time.
 IN_TIME = 0.5
@@ -28,13 +28,14 @@ class CatchUp:
     the target whatever a few steps take.
 
     Formula: with each first token the lost share L moves by (late - L) / N, as if any one of the N
-    who run had made room. Once the oldest who waits is too late, the work of all who wait takes no
-    more than `SOON` of the target in k steps as long as the start-up token budget makes them, and
-    either L >= `MOST_LOST` or the mean pace affords all k (see `MeanPace`), the pace is given up,
-    until nobody has waited for more than `IN_TIME` of the target.
+    who run had made room. The work of all who wait takes k steps as long as the start-up token
+    budget makes them. Once the oldest is too late, and either L >= `MOST_LOST` and those k take no
+    more than `SOON` of the target, or the mean pace affords all of them (see `MeanPace`), the pace
+    is given up, until nobody has waited for more than `IN_TIME` of the target.
 
     Limitations: who still was in time and runs beside the others may lose its pace. Where far more
-    comes than the engine can take at any pace, the queue is never short enough, and the pace stays.
+    comes than the engine can take at any pace, the queue is never short enough, nor the mean pace
+    ever good enough, and the pace stays.
 
     Attributes:
         is_on: Whether the pace is given up.
@@ -77,9 +78,9 @@ class CatchUp:
         if self._queue.oldest_wait(snapshot.clock_seconds) < 1.0:
             return
         steps, step_seconds = self._until_gone(snapshot, prompts)
-        if steps * step_seconds <= SOON * self._queue.target_seconds:
-            is_lost = self._lost_share >= MOST_LOST
-            self.is_on = is_lost or self._pace.affords(step_seconds, steps=max(steps, 1.0))
+        is_soon = steps * step_seconds <= SOON * self._queue.target_seconds
+        is_lost = is_soon and self._lost_share >= MOST_LOST
+        self.is_on = is_lost or self._pace.affords(step_seconds, steps=max(steps, 1.0))
 
     def _until_gone(self, snapshot: EngineSnapshot, prompts: PromptsAhead) -> tuple[float, float]:
         """Longest steps there are until all who wait are computed, if nobody else came; seconds."""

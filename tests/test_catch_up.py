@@ -92,6 +92,8 @@ def test_those_who_were_so_fast_that_their_mean_affords_it_need_not_keep_it(step
     # 10 steps of 43 ms, over half a mean life of 128 steps: the mean rises by 2.6 ms or so.
     assert begins(step_time, first_tokens_after=0.8, decoded_in=0.015)
     assert not begins(step_time, first_tokens_after=0.8, decoded_in=0.017)
+    # However long it takes: 30 steps.
+    assert begins(step_time, first_tokens_after=0.8, decoded_in=0.008, prompts=30)
 
 
 def test_nobody_hurries_while_the_oldest_can_be_in_time(step_time):
