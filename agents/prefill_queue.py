@@ -177,12 +177,10 @@ class PrefillQueue:
         Args:
             now: The engine's clock.
             share: Of the target, that is planned with.
-            at_most: The fastest pace. It is needed for who can be in time at no lower one, but only
-                just; who would need more is given up.
+            at_most: The fastest pace; who would need more is given up.
             attention: Tokens that take as long as one of the squares of `PromptsAhead`.
         """
         planned, cached_share = share * self.target_seconds, self._hits.share
-        reserve = self.target_seconds - planned
         ahead = needed = 0.0
         learned = self._learned
         if learned != (attention, cached_share):
@@ -196,6 +194,4 @@ class PrefillQueue:
             left = planned if since is None else planned - (now - since)
             if needed * left < ahead < at_most * left:
                 needed = ahead / left
-            elif at_most * left <= ahead < at_most * (left + reserve):
-                needed = at_most
         return needed

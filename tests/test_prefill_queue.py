@@ -123,14 +123,6 @@ def test_who_cannot_be_in_time_hastens_nobody():
     assert needed(waiting, 1.1) == 0
 
 
-def test_who_can_be_in_time_only_just_is_not_given_up_for_the_sake_of_a_reserve():
-    waiting = queue(1000)
-    planned = {"share": 0.9, "at_most": 2000.0}
-    assert waiting.pace_needed(0.3, **planned) == pytest.approx(1000 / 0.6)
-    assert waiting.pace_needed(0.45, **planned) == 2000  # 1,000 tokens in 0.55 s, planned in 0.45
-    assert waiting.pace_needed(0.55, **planned) == 0  # 1,000 tokens in 0.45 s
-
-
 def test_waiting_counts_from_the_beginning_of_the_step_after_which_a_request_was_seen():
     waiting = queue(1000, clock=5.0)
     assert needed(waiting, 5.0) == pytest.approx(1000)
