@@ -1,15 +1,18 @@
-"""When the queue is caught up with at any pace, since those who run were too late already."""
+"""When the queue is caught up with at any pace, since that costs those who run little."""
 
 from __future__ import annotations
 
+import math
+
 from batchpilot.agents.limits import EngineSnapshot
+from batchpilot.agents.pace import MeanPace
 from batchpilot.agents.prefill_queue import PrefillQueue
 from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
 
 #: Share of those who run whose first token was late, from which on their pace is worth little.
 MOST_LOST = 0.5
-#: It begins where all who wait can be computed within this share of the target, arrivals aside: a
-#: queue that takes longer has gained as many by then.
+#: For their sake it begins where all who wait can be computed within this share of the target,
+#: arrivals aside: a queue that takes longer has gained as many by then.
 SOON = 1.0
 #: And ends once the oldest has waited for no more than this share of it: those behind have time.
 IN_TIME = 0.5
@@ -21,29 +24,34 @@ class CatchUp:
     Served first come, first served, a queue that has grown beyond the target makes every first
     token late until it is gone, and at the target's own pace, near capacity, that takes very long.
     Those who run then are mostly those whose first token was late: keeping the pace for them brings
-    nobody inside the targets.
+    nobody inside the targets. Or they have come so fast so far that their mean pace stays inside
+    the target whatever a few steps take.
 
     Formula: with each first token the lost share L moves by (late - L) / N, as if any one of the N
-    who run had made room. Once L >= `MOST_LOST`, the oldest who waits is too late, and the work of
-    all who wait takes no more than `SOON` of the target in steps as long as the start-up token
-    budget makes them, the pace is given up, until nobody has waited for more than `IN_TIME` of it.
+    who run had made room. The work of all who wait takes k steps as long as the start-up token
+    budget makes them. Once the oldest is too late, and either L >= `MOST_LOST` and those k take no
+    more than `SOON` of the target, or the mean pace affords all of them (see `MeanPace`), the pace
+    is given up, until nobody has waited for more than `IN_TIME` of the target.
 
     Limitations: who still was in time and runs beside the others may lose its pace. Where far more
-    comes than the engine can take at any pace, the queue is never short enough, and the pace stays.
+    comes than the engine can take at any pace, the queue is never short enough, nor the mean pace
+    ever good enough, and the pace stays.
 
     Attributes:
         is_on: Whether the pace is given up.
     """
 
-    def __init__(self, queue: PrefillQueue, step_time: StepTimeEstimator) -> None:
+    def __init__(self, queue: PrefillQueue, step_time: StepTimeEstimator, pace: MeanPace) -> None:
         """Starts with nobody lost.
 
         Args:
             queue: Who waits for a first token; its owner shows it the steps.
             step_time: Learned elsewhere.
+            pace: Mean pace of decoding; its owner shows it the steps.
         """
         self._queue = queue
         self._step_time = step_time
+        self._pace = pace
         self._lost_share = 0.0
         self._first_tokens = self._late_first_tokens = 0
         self.is_on = False
@@ -67,18 +75,21 @@ class CatchUp:
             snapshot: Before a step, somebody waiting.
             prompts: That the step will meet.
         """
-        is_too_late = self._queue.oldest_wait(snapshot.clock_seconds) >= 1.0
-        if is_too_late and self._lost_share >= MOST_LOST:
-            self.is_on = self._seconds_to_go(snapshot, prompts) <= SOON * self._queue.target_seconds
+        if self._queue.oldest_wait(snapshot.clock_seconds) < 1.0:
+            return
+        steps, step_seconds = self._until_gone(snapshot, prompts)
+        is_soon = steps * step_seconds <= SOON * self._queue.target_seconds
+        is_lost = is_soon and self._lost_share >= MOST_LOST
+        self.is_on = is_lost or self._pace.affords(step_seconds, steps=max(steps, 1.0))
 
-    def _seconds_to_go(self, snapshot: EngineSnapshot, prompts: PromptsAhead) -> float:
-        """Until all who wait are computed, in the longest steps there are, if nobody else came."""
+    def _until_gone(self, snapshot: EngineSnapshot, prompts: PromptsAhead) -> tuple[float, float]:
+        """Longest steps there are until all who wait are computed, if nobody else came; seconds."""
         decodes, engine = snapshot.decode_seqs, snapshot.engine
         kv_tokens = snapshot.used_blocks * engine.block_size
         tokens = engine.startup_limits.max_num_batched_tokens - decodes * engine.tokens_per_decode
         if tokens < 1:
-            return float("inf")
+            return math.inf, 1.0
         attention = self._step_time.attention_tokens
         step_work = tokens + attention * prompts.squares(tokens)
         steps = self._queue.backlog_work(attention) / step_work
-        return steps * self._step_time.predict(decodes, tokens, kv_tokens, prompts)
+        return steps, self._step_time.predict(decodes, tokens, kv_tokens, prompts)

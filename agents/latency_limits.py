@@ -35,7 +35,7 @@ WAITS = "prompts wait for a slow step, where many cost less"
 SLOW = "a late first token is worth a slow step"
 OUT_OF_REACH = "the target is shorter than a step of one sequence: one runs at a time"
 GIVEN_UP = "the target would cost first tokens and most of the throughput: given up until none wait"
-CATCHES_UP = "most who run had a late first token: the pace is given up until nobody waits too long"
+CATCHES_UP = "first tokens are late, and the pace is lost or can be spent: given up until few wait"
 
 
 class Prefill(NamedTuple):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from batchpilot.agents.limits import StepRecord
 
+#: Share of the target that the mean pace may reach: requests live through different stretches.
+PACE_AIM = 0.92
 #: Steps averaged over before it is known how long outputs are, and the least number ever.
 FIRST_LIFE_STEPS, SHORTEST_LIFE_STEPS = 128.0, 32.0
 
 
 class MeanPace:
-    """Whether a slow step still leaves the mean time per token inside the target.
+    """Whether slow steps still leave the mean time per token inside the target.
 
-    Formula: m <- m + (t - m) / n at every step with a decode, n the tokens of half a mean output. A
-    step of t seconds is affordable while m + (t - m) / n is at most the share of the target that
-    its buyer allows. A request is judged by its mean over n steps or so: what quiet stretches
-    saved, a burst may spend.
+    Formula: m <- m + (t - m) / n at every step with a decode, n the tokens of half a mean output. k
+    steps of t seconds are affordable while t + (m - t) (1 - 1/n)^k is at most the share of the
+    target that their buyer allows. A request is judged by its mean over n steps or so: what quiet
+    stretches saved, a burst may spend.
 
     Limitations: outputs much shorter than the mean live through a burst alone and miss the target.
     """
@@ -39,6 +41,7 @@ class MeanPace:
         if step.decode_seqs:
             self._mean += self._gain * (step.seconds - self._mean)
 
-    def affords(self, seconds: float, share: float) -> bool:
-        """Whether a step that takes so long leaves the mean at this share of the target."""
-        return self._mean + self._gain * (seconds - self._mean) <= share * self._target
+    def affords(self, seconds: float, share: float = PACE_AIM, steps: float = 1.0) -> bool:
+        """Whether so many steps that take so long leave the mean at this share of the target."""
+        kept: float = (1 - self._gain) ** steps
+        return seconds + (self._mean - seconds) * kept <= share * self._target

@@ -22,8 +22,6 @@ TTFT_AIM = 0.9
 LOOK_STEPS = 8
 #: Within this share of 1 the factor on the whole model is noise, and its weights are those of now.
 SETTLED_SPEED = 0.1
-#: Share of the target that the mean pace may reach: requests live through different stretches.
-PACE_AIM = 0.92
 
 
 class SlowSteps:
@@ -65,10 +63,10 @@ class SlowSteps:
             least_chunk: Prompt tokens that a usual step has even where the target leaves fewer.
         """
         self.queue = PrefillQueue(ttft_slo_seconds, hits)
-        self.catch_up = CatchUp(self.queue, step_time)
         self._late_gaps = late_gaps
         self._step_time = step_time
         self._pace = MeanPace(itl_slo_seconds)
+        self.catch_up = CatchUp(self.queue, step_time, self._pace)
         self._bunches = Bunches(self._pace, least_chunk)
         self._lacking = 0.0
         self._steps_to_look = 0
@@ -178,7 +176,7 @@ class SlowSteps:
             self._lacking = 0.0
             return 0
         in_budget = self._late_gaps.allows(snapshot.decode_seqs)
-        if not (in_budget or self._pace.affords(slow.seconds, PACE_AIM)):
+        if not (in_budget or self._pace.affords(slow.seconds)):
             return 0
         self._lacking += lacking
         brings = slow_work - pace * slow.seconds

@@ -4,6 +4,7 @@ import pytest
 
 from batchpilot.agents.catch_up import CatchUp
 from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot, StepRecord
+from batchpilot.agents.pace import MeanPace
 from batchpilot.agents.prefill_queue import PrefillQueue
 from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
 from batchpilot.env.profiles import load_profile
@@ -30,7 +31,8 @@ class Scene:
 
     def __init__(self, step_time):
         self.queue = PrefillQueue(TARGET)
-        self.catch_up = CatchUp(self.queue, step_time)
+        self.pace = MeanPace(0.02)
+        self.catch_up = CatchUp(self.queue, step_time, self.pace)
         self.clock = 0.0
         self.waiting = 0
 
@@ -45,6 +47,11 @@ class Scene:
         self.clock += after
         self.waiting -= count
         self._update()
+
+    def decode(self, seconds):
+        """For a long while, in steps that take so long."""
+        for _ in range(2000):
+            self.pace.observe(StepRecord(seconds, RUNNING, RUNNING, 0))
 
     def wait(self, seconds):
         self.clock += seconds
@@ -63,9 +70,10 @@ class Scene:
         return EngineSnapshot(FACTS, self.clock, RUNNING, self.waiting, used_blocks=used)
 
 
-def begins(step_time, *, first_tokens_after=1.2, prompts=10, waited=1.1):
+def begins(step_time, *, first_tokens_after=1.2, prompts=10, waited=1.1, decoded_in=0.02):
     """20 first tokens after so long; then prompts of 2,000 tokens that have waited for so long."""
     scene = Scene(step_time)
+    scene.decode(decoded_in)
     scene.first_tokens(20, after=first_tokens_after)
     scene.arrive(*[2000] * prompts)
     scene.wait(waited)
@@ -78,6 +86,14 @@ def test_where_most_were_late_a_queue_that_can_be_gone_soon_is_caught_up_with(st
 
 def test_those_whose_first_token_was_in_time_keep_their_pace(step_time):
     assert not begins(step_time, first_tokens_after=0.8)
+
+
+def test_those_who_were_so_fast_that_their_mean_affords_it_need_not_keep_it(step_time):
+    # 10 steps of 43 ms, over half a mean life of 128 steps: the mean rises by 2.6 ms or so.
+    assert begins(step_time, first_tokens_after=0.8, decoded_in=0.015)
+    assert not begins(step_time, first_tokens_after=0.8, decoded_in=0.017)
+    # However long it takes: 30 steps.
+    assert begins(step_time, first_tokens_after=0.8, decoded_in=0.008, prompts=30)
 
 
 def test_nobody_hurries_while_the_oldest_can_be_in_time(step_time):
