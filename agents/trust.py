@@ -47,6 +47,7 @@ class Trust:
     Attributes:
         known_prefill: Prompt tokens of a step that it is trusted with: 0 if with none, infinite if
             with any that it would choose.
+        kept_so_far: Prompt tokens of a step that has kept the target so far.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Trust:
         """
         self._step_time = step_time
         self._target = itl_slo_seconds
-        self._least_chunk = self._kept_so_far = least_chunk
+        self._least_chunk = self.kept_so_far = least_chunk
         self.known_prefill = 0.0
 
     @property
@@ -77,21 +78,16 @@ class Trust:
     @property
     def most_prefill(self) -> int:
         """Prompt tokens of a step that are known well enough or have kept the target so far."""
-        return max(self._kept_so_far, int(self.known_prefill))
-
-    @property
-    def kept_so_far(self) -> int:
-        """Prompt tokens of a step that has kept the target so far."""
-        return self._kept_so_far
+        return max(self.kept_so_far, int(self.known_prefill))
 
     def observe(self, step: StepRecord) -> None:
         """Learns from a step how much keeps the target, while the model does not know."""
         if self.is_whole or not step.regular:
             return
         if step.seconds > self._target:
-            self._kept_so_far = max(self._least_chunk, self._kept_so_far // 2)
-        elif 2 * step.prefill_tokens >= self._kept_so_far:
-            self._kept_so_far *= 2
+            self.kept_so_far = max(self._least_chunk, self.kept_so_far // 2)
+        elif 2 * step.prefill_tokens >= self.kept_so_far:
+            self.kept_so_far *= 2
 
     def update(self, point: WorkingPoint, largest: WorkingPoint) -> None:
         """Looks again; some tens of microseconds.
