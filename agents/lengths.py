@@ -7,9 +7,7 @@ is a lifetime, and its distribution is estimated as survival analysis does (`age
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -210,30 +208,42 @@ class LengthEstimator:
 
 
 class _Ring:
-    """The newest rows of a few numbers each: pushed in every step, read as columns now and then."""
+    """The newest rows of a few numbers each: pushed in every step, read as columns now and then.
+
+    The rows lie next to each other in an array twice as long, and move to its front when they come
+    to its end, so that nothing is copied to read them.
+    """
 
     def __init__(self, capacity: int, columns: int) -> None:
         self.capacity = capacity
-        self._columns = columns
-        self._rows: deque[tuple[float, ...]] = deque()
+        self._rows = np.empty((2 * capacity, columns))
+        self._begin = self._end = 0
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._end - self._begin
 
-    def push(self, row: tuple[float, ...]) -> tuple[float, ...] | None:
-        """Adds a row; returns the one it displaced, if any."""
-        rows = self._rows
-        rows.append(row)
-        return rows.popleft() if len(rows) > self.capacity else None
+    def push(self, row: tuple[float, ...]) -> NDArray[np.float64] | None:
+        """Adds a row; returns the one it displaced, if any, to be read at once."""
+        rows, end = self._rows, self._end
+        if end == len(rows):
+            end = len(self)
+            rows[:end] = rows[self._begin :]
+            self._begin = 0
+        rows[end] = row
+        self._end = end + 1
+        if len(self) <= self.capacity:
+            return None
+        self._begin += 1
+        displaced: NDArray[np.float64] = rows[self._begin - 1]
+        return displaced
 
     def values(self) -> NDArray[np.float64]:
-        """All rows, oldest first; shape (columns, len)."""
-        count = len(self._rows) * self._columns
-        numbers = np.fromiter(chain.from_iterable(self._rows), dtype=np.float64, count=count)
-        return numbers.reshape(-1, self._columns).T
+        """All rows, oldest first, until the next push; shape (columns, len)."""
+        values: NDArray[np.float64] = self._rows[self._begin : self._end].T
+        return values
 
-    def keep(self, newest: int) -> tuple[float, ...]:
+    def keep(self, newest: int) -> NDArray[np.float64]:
         """Forgets all but the newest rows; returns the newest one forgotten."""
-        while len(self._rows) > newest + 1:
-            self._rows.popleft()
-        return self._rows.popleft()
+        self._begin = self._end - newest
+        forgotten: NDArray[np.float64] = self._rows[self._begin - 1]
+        return forgotten
