@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from itertools import islice
+from typing import NamedTuple
 
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
 from batchpilot.agents.prefix_hits import PrefixHits
@@ -40,11 +41,26 @@ class _Pending:
         return left * (1 + attention * (left + 2 * begun))
 
 
+class PaceNeeded(NamedTuple):
+    """How fast prompts must be computed, for first tokens to be in time.
+
+    Attributes:
+        pace: Prompt tokens a second at which everybody is who can be, with part of the target in
+            reserve; 0 where nobody can.
+        last_work: Of all up to the last request who can be in time only without that reserve, and
+            at the fastest pace; 0 where there is none.
+    """
+
+    pace: float
+    last_work: float
+
+
 class PrefillQueue:
     """Follows the requests that have no token yet, in order of arrival, from counts alone.
 
     What an engine shows each step is how many wait and how many prefill. Served first come, first
-    served, those are the newest ones that arrived; prompt tokens computed are the oldest's.
+    served, those are the newest ones that arrived; prompt tokens computed are the oldest's. The
+    last tokens of a prompt may be scheduled, and the prompt done, before their step is told of.
 
     An engine takes requests in between two steps: each is taken to have come when the step began
     after which it was first seen, the earliest it can have.
@@ -74,7 +90,7 @@ class PrefillQueue:
         self._prompts_done: int | None = None
         self._uncounted = 0.0
         self._learned = (0.0, 0.0)
-        self._begun_tokens = self._untouched_tokens = 0
+        self._begun_tokens = self._untouched_tokens = self._in_flight = 0
         self.first_tokens = self.late_first_tokens = 0
 
     @property
@@ -89,7 +105,8 @@ class PrefillQueue:
         for prompt_tokens in step.arrived:
             self._pending.append(_Pending(prompt_tokens))
             self._untouched_tokens += prompt_tokens
-        done = step.prefill_tokens + step.cached_tokens
+        done = max(0, step.prefill_tokens + step.cached_tokens - self._in_flight)
+        self._in_flight = 0
         if not done:
             return
         for request in self._pending:
@@ -120,6 +137,7 @@ class PrefillQueue:
             if not self._uncounted:
                 continue
             self._uncounted -= 1
+            self._in_flight += request.left
             self.first_tokens += 1
             if request.since is not None and now - request.since > self.target_seconds:
                 self.late_first_tokens += 1
@@ -169,19 +187,20 @@ class PrefillQueue:
 
     def pace_needed(
         self, now: float, *, share: float, at_most: float, attention: float = 0.0
-    ) -> float:
-        """Prompt tokens a second at which everybody who can be in time is; 0 where nobody can.
+    ) -> PaceNeeded:
+        """The pace that brings everybody a first token in time who can have one.
 
         Tokens here are work: late ones of a long prompt, which attend to more, count for more.
 
         Args:
             now: The engine's clock.
-            share: Of the target, that is planned with.
+            share: Of the target, that is planned with; the rest is in reserve.
             at_most: The fastest pace; who would need more is given up.
             attention: Tokens that take as long as one of the squares of `PromptsAhead`.
         """
-        planned, cached_share = share * self.target_seconds, self._hits.share
-        ahead = needed = 0.0
+        planned, reserve = share * self.target_seconds, (1 - share) * self.target_seconds
+        cached_share = self._hits.share
+        ahead = needed = last_work = 0.0
         learned = self._learned
         if learned != (attention, cached_share):
             self._learned = learned = (attention, cached_share)
@@ -192,6 +211,9 @@ class PrefillQueue:
             ahead += request.known_work
             since = request.since
             left = planned if since is None else planned - (now - since)
-            if needed * left < ahead < at_most * left:
-                needed = ahead / left
-        return needed
+            if needed * left < ahead:
+                if ahead < at_most * left:
+                    needed = ahead / left
+                elif ahead < at_most * (left + reserve):
+                    last_work = ahead
+        return PaceNeeded(needed, last_work)

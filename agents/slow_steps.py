@@ -9,7 +9,7 @@ from batchpilot.agents.catch_up import CatchUp
 from batchpilot.agents.late_gaps import LateGapBudget
 from batchpilot.agents.limits import EngineSnapshot, StepRecord
 from batchpilot.agents.pace import MeanPace
-from batchpilot.agents.prefill_queue import PrefillQueue
+from batchpilot.agents.prefill_queue import PaceNeeded, PrefillQueue
 from batchpilot.agents.prefix_hits import PrefixHits
 from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
 
@@ -18,6 +18,9 @@ from batchpilot.agents.step_time import PromptsAhead, StepTimeEstimator
 SLOW_STEP = 3.0
 #: Share of the time to the first token that is planned with.
 TTFT_AIM = 0.9
+#: The rest is given to who can be in time only so, if all steps until then may be slow and still
+#: leave the mean pace at no more than this share of its target.
+HURRY_PACE = 0.7
 #: Steps with a queue between two looks at whether prompts should wait for each other.
 LOOK_STEPS = 8
 #: Within this share of 1 the factor on the whole model is noise, and its weights are those of now.
@@ -36,7 +39,9 @@ class SlowSteps:
     that take as long. What steps lack adds up, and each time it comes to what a slow
     one brings, one is made, if either the late gaps that a 99th percentile leaves open or the mean
     pace pays for it. So first tokens come just in time, and answers that begin in a burst share
-    its slow steps: all at once they would fall on those who are there, however short.
+    its slow steps: all at once they would fall on those who are there, however short. r leaves a
+    tenth of the target in reserve. Who can be in time only without it, if every step is slow from
+    now on, has that where the mean pace pays for all of them and is far from its target.
 
     Attributes:
         queue: Who waits for a first token.
@@ -165,12 +170,15 @@ class SlowSteps:
         """Those of a slow step, if what usual ones lacked adds up to one that can be paid for."""
         now, usual_work = snapshot.clock_seconds, self._work(usual, prompts)
         # Mostly usual steps are fast enough even for those who would be given up.
-        if self._pace_needed(now, math.inf) * usual.seconds <= usual_work:
+        if self._pace_needed(now, math.inf).pace * usual.seconds <= usual_work:
             self._lacking = 0.0
             return 0
         slow = self._slow_step(snapshot, usual.seconds, kv_tokens, prompts)
         slow_work = self._work(slow, prompts)
-        pace = self._pace_needed(now, slow_work / slow.seconds)
+        pace, last_work = self._pace_needed(now, slow_work / slow.seconds)
+        if last_work and self._pace.affords(slow.seconds, HURRY_PACE, last_work / slow_work):
+            self._lacking = 0.0
+            return slow.prompt_tokens
         lacking = pace * usual.seconds - usual_work
         if lacking <= 0:
             self._lacking = 0.0
@@ -190,6 +198,6 @@ class SlowSteps:
         attended = prompts.squares(step.prompt_tokens)
         return step.prompt_tokens + self._step_time.attention_tokens * attended
 
-    def _pace_needed(self, now: float, at_most: float) -> float:
+    def _pace_needed(self, now: float, at_most: float) -> PaceNeeded:
         attention = self._step_time.attention_tokens
         return self.queue.pace_needed(now, share=TTFT_AIM, at_most=at_most, attention=attention)

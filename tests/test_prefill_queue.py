@@ -4,9 +4,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot, StepRecord
+from batchpilot.agents.limits import (
+    BatchLimits,
+    Decision,
+    EngineFacts,
+    EngineSnapshot,
+    Source,
+    StepRecord,
+)
 from batchpilot.agents.prefill_queue import PrefillQueue
 from batchpilot.agents.prefix_hits import PrefixHits
+from batchpilot.env.engine import EngineRequest
+from batchpilot.env.virtual_engine import VirtualEngine, VirtualEngineConfig
 
 FACTS = EngineFacts(BatchLimits(64, 2048), total_blocks=500, block_size=16)
 
@@ -35,6 +44,52 @@ def test_prompt_tokens_computed_are_the_oldest_requests():
     assert waiting.backlog_tokens == 200
     waiting.update(snapshot(0.2, 0))
     assert waiting.backlog_tokens == 0
+
+
+def test_the_last_tokens_of_a_prompt_that_is_done_are_nobody_elses():
+    waiting = queue(1000, 300)
+    waiting.observe(step(prefill_tokens=600))
+    waiting.update(snapshot(0.1, 1))  # the other 400 are scheduled, and not back yet
+    assert waiting.backlog_tokens == 300
+    waiting.observe(step(prefill_tokens=500))
+    assert waiting.backlog_tokens == 200
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_what_is_left_to_compute_is_known_to_the_token_on_vllms_scheduler(async_scheduling):
+    class Follower:
+        """Decides nothing; holds the backlog against what vLLM's requests say."""
+
+        def __init__(self):
+            self.queue = PrefillQueue(1.0)
+            self.before = []
+            self.looks = 0
+
+        def observe(self, made):
+            self.queue.observe(made)
+
+        def decide(self, seen):
+            self.queue.update(seen)
+            sequences = [*seen.read_running(), *seen.read_waiting(seen.waiting)]
+            left = [s.prefill_tokens_left for s in sequences if s.prefill_tokens_left]
+            # What the newest step has scheduled is not back where vLLM works one ahead.
+            told, self.before = (self.before if async_scheduling else left), left
+            if left and seen.clock_seconds > 0:
+                self.looks += 1
+                assert self.queue.backlog_tokens == sum(told[-len(left) :])
+            return Decision(BatchLimits(64, 500), Source.STATIC, "fixed")
+
+    follower = Follower()
+    config = VirtualEngineConfig(
+        "llama-3.1-8b-h100", max_num_seqs=64, async_scheduling=async_scheduling
+    )
+    with VirtualEngine(config) as engine:
+        engine.set_policy(follower)
+        for number, tokens in enumerate([900, 300, 1400, 40, 2500, 700] * 4):
+            engine.add_request(EngineRequest(str(number), [number] * tokens, 30))
+        while engine.has_unfinished_requests():
+            engine.step()
+    assert follower.looks > 40
 
 
 def test_a_prefix_cache_hit_is_forgotten_once_the_prompt_is_done():
@@ -96,8 +151,8 @@ def test_work_that_waits_is_tokens_and_what_they_attend_to():
     assert queue().backlog_work(1e-3) == 0
 
 
-def needed(waiting, now, at_most=1e9):
-    return waiting.pace_needed(now, share=1.0, at_most=at_most)
+def needed(waiting, now, at_most=1e9, attention=0.0):
+    return waiting.pace_needed(now, share=1.0, at_most=at_most, attention=attention).pace
 
 
 def test_the_pace_needed_is_that_of_whoever_needs_the_fastest():
@@ -110,10 +165,9 @@ def test_late_tokens_of_a_long_prompt_are_more_work():
     waiting = queue(1000, 1000)
     # A square counts as a thousandth of a token: 1,000 tokens are 2,000, and half of them, once the
     # other half is computed, 500 and 750 more.
-    assert waiting.pace_needed(0.5, share=1.0, at_most=1e9, attention=1e-3) == pytest.approx(8000)
+    assert needed(waiting, 0.5, attention=1e-3) == pytest.approx(8000)
     waiting.observe(StepRecord(0.1, 1, 0, 500))
-    needed_now = waiting.pace_needed(0.5, share=1.0, at_most=1e9, attention=1e-3)
-    assert needed_now == pytest.approx((1250 + 2000) / 0.5)
+    assert needed(waiting, 0.5, attention=1e-3) == pytest.approx((1250 + 2000) / 0.5)
 
 
 def test_who_cannot_be_in_time_hastens_nobody():
@@ -121,6 +175,18 @@ def test_who_cannot_be_in_time_hastens_nobody():
     assert needed(waiting, 0.5, at_most=3000) == pytest.approx(2000)  # the first alone
     assert needed(waiting, 0.5, at_most=1900) == 0
     assert needed(waiting, 1.1) == 0
+
+
+def test_work_up_to_the_last_who_can_be_in_time_without_the_reserve_is_told_of():
+    waiting = queue(1000, 1000, 1000)
+
+    def asked(now, at_most):
+        return waiting.pace_needed(now, share=0.9, at_most=at_most)
+
+    assert asked(0.4, 6100) == (pytest.approx(3000 / 0.5), 0.0)  # with a tenth in reserve
+    assert asked(0.4, 5500) == (pytest.approx(2000 / 0.5), 3000.0)
+    assert asked(0.4, 4900) == (pytest.approx(2000 / 0.5), 0.0)  # not even without it
+    assert asked(0.95, 21_000) == (0.0, 1000.0)
 
 
 def test_waiting_counts_from_the_beginning_of_the_step_after_which_a_request_was_seen():
