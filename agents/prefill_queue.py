@@ -62,8 +62,8 @@ class PrefillQueue:
     served, those are the newest ones that arrived; prompt tokens computed are the oldest's. The
     last tokens of a prompt may be scheduled, and the prompt done, before their step is told of.
 
-    An engine takes requests in between two steps: each is taken to have come when the step began
-    after which it was first seen, the earliest it can have.
+    An engine takes requests in between two steps, and tells of them with the step that follows:
+    each is taken to have come when that step began, which is late by half a step on average.
 
     Limitations: a prompt that has not begun is expected to be cached as far as others were. A
     priority queue is taken to be in order of arrival, which makes it expect a first token later

@@ -189,7 +189,7 @@ def test_work_up_to_the_last_who_can_be_in_time_without_the_reserve_is_told_of()
     assert asked(0.95, 21_000) == (0.0, 1000.0)
 
 
-def test_waiting_counts_from_the_beginning_of_the_step_after_which_a_request_was_seen():
+def test_waiting_counts_from_the_beginning_of_the_step_that_told_of_a_request():
     waiting = queue(1000, clock=5.0)
     assert needed(waiting, 5.0) == pytest.approx(1000)
     assert needed(waiting, 5.5) == pytest.approx(2000)
