@@ -69,6 +69,8 @@ class PrefillQueue:
     priority queue is taken to be in order of arrival, which makes it expect a first token later
     than it comes. A preempted request counts as one that never had a token, if it is known at all.
     Of those who leave without one nobody says which they were: the oldest are taken to have gone.
+    Where hits of the prefix cache are not told of, they are taken for tokens under way, and those
+    of the next step are nobody's.
 
     Attributes:
         target_seconds: For the time to the first token.
