@@ -103,12 +103,20 @@ def test_a_shadow_keeps_what_it_would_apply_and_applies_nothing(server, target):
         assert engine.shadow_limits == BatchLimits(5, 128)
 
 
+def becomes(engine, limits):
+    """Whether a server's limits become these, asked for again and again, as an agent does."""
+
+    def asked_for():
+        engine.apply(limits)
+        return engine.collect(0.3).limits == limits
+
+    return until(asked_for, 2.0)
+
+
 def test_steering_moves_the_servers_limits_and_closing_gives_its_policy_back(server, target):
     with ServedEngine(config(target, mode="steer")) as engine:
-        engine.apply(BatchLimits(8, 512))
-        assert until(lambda: engine.collect(0.3).limits == BatchLimits(8, 512), 2.0)
-        engine.apply(BatchLimits(12, 1024))
-        assert until(lambda: engine.collect(0.3).limits == BatchLimits(12, 1024), 2.0)
+        assert becomes(engine, BatchLimits(8, 512))
+        assert becomes(engine, BatchLimits(12, 1024))
     with ServedEngine(config(target)) as engine:
         assert until(lambda: engine.collect(0.3).limits == BatchLimits(20, 2048), 2.0)
 
@@ -127,8 +135,7 @@ def play_with_the_middle_action(env):
 
 def test_a_server_goes_back_to_its_policy_when_its_agent_is_gone(server, target):
     engine = ServedEngine(config(target, mode="steer"))
-    engine.apply(BatchLimits(20, 512))
-    assert until(lambda: engine.collect(0.3).limits == BatchLimits(20, 512), 2.0)
+    assert becomes(engine, BatchLimits(20, 512))
     engine.config = config(target, mode="steer", hold_seconds=1.0)
     engine.apply(BatchLimits(20, 512))  # nothing more is asked for, and nobody closes it
     assert until(lambda: engine.collect(0.3).limits == BatchLimits(20, 2048), 2.0)
