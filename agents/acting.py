@@ -66,6 +66,10 @@ class ActingPolicy:
 
     def _map(self, base: Decision, snapshot: EngineSnapshot) -> Decision:
         if self._action is None:
-            return Decision(base.limits, Source.FALLBACK, self._reason)
-        limits = self.design.to_limits(self._action, base, snapshot)
-        return Decision(limits, Source.LEARNED, self._reason)
+            return Decision(
+                base.limits, Source.FALLBACK, self._reason, wanted_seqs=base.wanted_seqs
+            )
+        limits, wanted = self.design.to_limits(self._action, base, snapshot), None
+        if limits.max_num_seqs <= snapshot.running:
+            wanted = self.design.wanted_seqs(self._action, base, snapshot.engine)
+        return Decision(limits, Source.LEARNED, self._reason, wanted_seqs=wanted)

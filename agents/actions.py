@@ -326,6 +326,22 @@ class ActionDesign:
             return self.residual.to_limits(action, base, snapshot)
         return self._absolute(action, snapshot.engine)
 
+    def wanted_seqs(self, action: Action, base: Decision, engine: EngineFacts) -> int | None:
+        """What `to_limits` would make of `max_num_seqs` if nothing ran: `Decision.wanted_seqs`.
+
+        Args:
+            action: As for `to_limits`.
+            base: As for `to_limits`.
+            engine: The snapshot's.
+        """
+        if isinstance(action, int):
+            factor = self.grid.factors(action)[0]
+        elif self.design == "residual":
+            factor = math.pow(self.seqs_span, checked_action(action)[0])
+        else:
+            return None
+        return _shifted_seqs(base, factor, self.min_num_seqs, engine.startup_limits.max_num_seqs)
+
     def _absolute(self, action: Sequence[float], engine: EngineFacts) -> BatchLimits:
         """`ActionScale`, also for an engine whose start-up value leaves nothing to choose."""
         highest, values = engine.startup_limits, checked_action(action)
@@ -360,11 +376,11 @@ def _shifted(
     if base.is_whole:
         return base.limits
     engine, highest = snapshot.engine, snapshot.engine.startup_limits
-    least = max(lowest.max_num_seqs, snapshot.running)
     seqs = base.limits.max_num_seqs
-    wanted = seqs if base.wanted_seqs is None else base.wanted_seqs
-    if factors[0] != 1.0 and wanted:
-        seqs = _multiplied(wanted, factors[0], least, highest.max_num_seqs)
+    if factors[0] != 1.0:
+        wanted = _shifted_seqs(base, factors[0], lowest.max_num_seqs, highest.max_num_seqs)
+        if wanted:
+            seqs = max(wanted, min(snapshot.running, highest.max_num_seqs))
     tokens = base.limits.max_num_batched_tokens
     decoded = snapshot.decode_seqs * engine.tokens_per_decode
     if tokens > decoded:
@@ -372,6 +388,12 @@ def _shifted(
         room = _multiplied(tokens - decoded, factors[1], lowest.max_num_batched_tokens, most)
         tokens = decoded + room
     return BatchLimits(seqs, tokens)
+
+
+def _shifted_seqs(base: Decision, factor: float, lowest: int, highest: int) -> int:
+    """What a factor makes of the sequences that the base wanted; 0 where nobody knows those."""
+    wanted = base.limits.max_num_seqs if base.wanted_seqs is None else base.wanted_seqs
+    return wanted if base.is_whole or not wanted else _multiplied(wanted, factor, lowest, highest)
 
 
 def _log_ratio(value: int, base: int, span: float) -> float:

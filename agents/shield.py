@@ -1,7 +1,7 @@
 """The shield: one pure function between any proposal and the engine.
 
 Whoever proposes (a formula, a model, an agent, a service), the same clamp applies, in the
-environment, in the service and in the hook:
+environment and in the hook, and in the service as far as it does not depend on what runs:
 
     N + reserved <= max_num_seqs <= min(start-up value, operator's bound, memory bound)
     min_prefill_chunk + N * tokens_per_decode <= max_num_batched_tokens <= start-up value
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from batchpilot.agents.limits import BatchLimits, EngineSnapshot
+from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot
 from batchpilot.agents.parameters import Parameters, parameter
 
 
@@ -81,6 +81,23 @@ def shield(
         return ShieldedLimits(proposed, _NO_CLAMP)
     clamp = tokens_clamp if seqs_clamp is _NO_CLAMP else seqs_clamp
     return ShieldedLimits(BatchLimits(seqs, tokens), clamp)
+
+
+def shield_ahead(
+    proposed: BatchLimits, engine: EngineFacts, bounds: SafetyBounds
+) -> ShieldedLimits:
+    """The part of the shield that holds whatever runs: N and reserved are 0.
+
+    For who decides on a state that is past when the limits are applied, as a service does: a limit
+    held up by the sequences that ran then lets in another for each that ends, and never falls. The
+    engine's own shield holds it up for as long as they run.
+
+    Args:
+        proposed: What a policy wants.
+        engine: Whose limits they are.
+        bounds: What the operator allows.
+    """
+    return shield(proposed, EngineSnapshot(engine, 0.0, running=0, waiting=0), bounds)
 
 
 def _clamp_seqs(

@@ -1,5 +1,8 @@
 """Shows an engine's reports to a policy as if it stood beside the engine, and shields its answer.
 
+What answers a report holds for many steps, of which nobody here knows what will run: limits are
+what the policy wants, and the engine's own shield holds them up for as long as more run.
+
 A policy learns from step records. With DETAIL_STEPS a report brings them; with DETAIL_WINDOW it
 brings their sums, and the policy is shown as many mean steps as there were: what is bound by what
 is kept, as are all sums, to within rounding.
@@ -19,12 +22,14 @@ from batchpilot.agents.limits import (
     StepRecord,
 )
 from batchpilot.agents.policy import LimitPolicy
-from batchpilot.agents.shield import Clamp, SafetyBounds, shield
+from batchpilot.agents.shield import Clamp, SafetyBounds, shield_ahead
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.wire import BINDINGS, sequences, step_record
 
 #: Most mean steps, and most mean requests, that one report shows a policy: bounds its cost.
 MOST_SHOWN = 1000
+#: Share of what runs that is leased where a policy lets nobody in and cannot say how many it wants.
+SHUT_SHARE = 0.95
 
 
 class ShieldedDecision(NamedTuple):
@@ -68,7 +73,8 @@ class Decider:
                 for _ in range(count):
                     observe(step)
             decision = self._policy.decide(snapshot)
-        limits, clamp = shield(decision.limits, snapshot, self._bounds)
+        wanted = _for_a_lease(decision, snapshot.running)
+        limits, clamp = shield_ahead(wanted, self._facts, self._bounds)
         return ShieldedDecision(decision, limits, clamp)
 
     def _replay(self, report: pb.Report, last: EngineSnapshot) -> Decision:
@@ -110,6 +116,19 @@ class Decider:
             read_running=lambda: sequences(running),
             read_waiting=lambda count: sequences(waiting)[:count],
         )
+
+
+def _for_a_lease(decision: Decision, running: int) -> BatchLimits:
+    """A policy's limits for as long as a lease runs, which is longer than one step.
+
+    What runs holds a policy's limit up for the step that is next. On lease it would let in another
+    for each sequence that ends, so that no limit could fall while requests wait.
+    """
+    limits, wanted = decision.limits, decision.wanted_seqs
+    if wanted is None:
+        return limits
+    wanted = min(wanted or int(SHUT_SHARE * running), limits.max_num_seqs)
+    return BatchLimits(wanted, limits.max_num_batched_tokens)
 
 
 def mean_steps(window: pb.TelemetryWindow) -> list[tuple[StepRecord, int]]:

@@ -23,6 +23,19 @@ def based(seqs: int, tokens: int, *, is_whole: bool = False) -> Decision:
     return Decision(BatchLimits(seqs, tokens), Source.PREDICTIVE, "", is_whole=is_whole)
 
 
+class Always:
+    """A base policy that decides the same in every step."""
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+
+    def observe(self, step: object) -> None:
+        pass
+
+    def decide(self, snapshot: EngineSnapshot) -> Decision:
+        return self.decision
+
+
 def running_with(running: int, prefill_seqs: int = 0) -> EngineSnapshot:
     return EngineSnapshot(FACTS, 0.0, running, waiting=1, prefill_seqs=prefill_seqs)
 
@@ -74,6 +87,22 @@ def test_a_door_shut_without_a_word_of_how_far_stays_shut():
     shut = Decision(BatchLimits(100, 2048), Source.MEMORY, "", wanted_seqs=0)
     assert RESIDUAL.to_limits((1.0, 0.0), shut, running_with(100)).max_num_seqs == 100
     assert RESIDUAL.to_limits((1.0, 0.0), based(100, 2048), running_with(100)).max_num_seqs == 200
+
+
+@pytest.mark.parametrize("design", ["residual", "grid", "absolute"])
+def test_a_decision_on_what_runs_says_what_was_wanted(design):
+    """Who leases limits for longer than a step goes by that; see `Decision.wanted_seqs`."""
+    held_up = Decision(BatchLimits(100, 2048), Source.PREDICTIVE, "", wanted_seqs=40)
+    policy = ActingPolicy(ActionDesign(design=design), Always(held_up))
+    assert policy.decide(running_with(100)).wanted_seqs == 40
+    half = {"residual": (-1.0, 0.0), "grid": 3, "absolute": (-1.0, 0.0)}[design]
+    policy.act(half)
+    decision = policy.decide(running_with(100))
+    if design == "absolute":  # where the limit itself is what is wanted
+        assert (decision.limits.max_num_seqs, decision.wanted_seqs) == (1, None)
+    else:
+        assert (decision.limits.max_num_seqs, decision.wanted_seqs) == (100, 20)
+    assert policy.decide(running_with(1)).wanted_seqs is None
 
 
 def test_an_action_lets_nobody_in_at_the_lowest():

@@ -46,7 +46,8 @@ class Server:
         ids, began = itertools.count(), time.monotonic()
         while not self._stop.is_set():
             while self._engine.snapshot().waiting < 8:
-                self._engine.add_request(EngineRequest(f"r{next(ids)}", [7] * 100, 30))
+                number = next(ids)  # sequences of many lengths: few of them end in one step
+                self._engine.add_request(EngineRequest(f"r{number}", [7] * 100, 10 + number % 37))
             while self._engine.clock_seconds < time.monotonic() - began:
                 if not self._engine.has_unfinished_requests():
                     break  # far behind, on a busy machine
@@ -87,7 +88,7 @@ def test_it_sees_what_the_server_reports(server, target):
         assert engine.facts.startup_limits == BatchLimits(32, 2048)
         assert engine.itl_slo_ms == 40
         window = engine.collect(1.0)
-    assert window.running == 20
+    assert 0 < window.running <= 20
     assert window.waiting > 0
     assert window.limits == BatchLimits(20, 2048)
     assert window.decode_tokens > 100
@@ -104,21 +105,18 @@ def test_a_shadow_keeps_what_it_would_apply_and_applies_nothing(server, target):
 
 
 def becomes(engine, limits):
-    """Whether a server's limits become these, asked for again and again, as an agent does."""
-
-    def asked_for():
-        engine.apply(limits)
-        return engine.collect(0.3).limits == limits
-
-    return until(asked_for, 2.0)
+    """Whether the limits of a server become these, which somebody has asked for."""
+    return until(lambda: engine.collect(0.3).limits == limits, 2.0)
 
 
 def test_steering_moves_the_servers_limits_and_closing_gives_its_policy_back(server, target):
     with ServedEngine(config(target, mode="steer")) as engine:
+        engine.apply(BatchLimits(8, 512))
         assert becomes(engine, BatchLimits(8, 512))
+        engine.apply(BatchLimits(12, 1024))
         assert becomes(engine, BatchLimits(12, 1024))
     with ServedEngine(config(target)) as engine:
-        assert until(lambda: engine.collect(0.3).limits == BatchLimits(20, 2048), 2.0)
+        assert becomes(engine, BatchLimits(20, 2048))
 
 
 def play_with_the_middle_action(env):
@@ -135,10 +133,11 @@ def play_with_the_middle_action(env):
 
 def test_a_server_goes_back_to_its_policy_when_its_agent_is_gone(server, target):
     engine = ServedEngine(config(target, mode="steer"))
+    engine.apply(BatchLimits(20, 512))
     assert becomes(engine, BatchLimits(20, 512))
     engine.config = config(target, mode="steer", hold_seconds=1.0)
     engine.apply(BatchLimits(20, 512))  # nothing more is asked for, and nobody closes it
-    assert until(lambda: engine.collect(0.3).limits == BatchLimits(20, 2048), 2.0)
+    assert becomes(engine, BatchLimits(20, 2048))
     engine.close()
 
 

@@ -29,8 +29,9 @@ FACTS = engine_facts(hello().facts)
 class Recording:
     """A policy that keeps what it is shown and wants what it is told to."""
 
-    def __init__(self, limits=BatchLimits(64, 8192)):  # noqa: B008  (immutable)
+    def __init__(self, limits=BatchLimits(64, 8192), wanted=None):  # noqa: B008  (immutable)
         self.limits = limits
+        self.wanted = wanted
         self.steps = []
         self.snapshots = []
 
@@ -39,7 +40,7 @@ class Recording:
 
     def decide(self, snapshot):
         self.snapshots.append(snapshot)
-        return Decision(self.limits, Source.STATIC, "told to")
+        return Decision(self.limits, Source.STATIC, "told to", wanted_seqs=self.wanted)
 
 
 def test_a_window_is_shown_as_its_mean_steps_with_events_in_the_last():
@@ -123,8 +124,25 @@ def test_what_a_policy_wants_is_shielded_by_the_narrower_bounds():
     decider = Decider(Recording(BatchLimits(400, 10)), FACTS, SafetyBounds(max_num_seqs=100))
     decided = decider.decide(report(1))
     assert decided.decision.limits == BatchLimits(400, 10)
-    assert decided.limits == BatchLimits(100, 114)
+    assert decided.limits == BatchLimits(100, 64)
     assert decided.clamp is Clamp.UPPER_BOUND
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted", "leased"),
+    [
+        (8, None, 8),  # the limit means itself
+        (50, 20, 20),  # what runs holds it up for the next step only
+        (50, 0, 47),  # the door is shut, for nobody knows how many
+        (40, 60, 40),
+    ],
+)
+def test_what_runs_holds_no_lease_up(limit, wanted, leased):
+    """Of 50 that run some end while the lease does: each would be made up for."""
+    policy = Recording(BatchLimits(limit, 8192), wanted)
+    decided = Decider(policy, FACTS, SafetyBounds()).decide(report(1))
+    assert decided.limits == BatchLimits(leased, 8192)
+    assert decided.clamp is Clamp.NONE
 
 
 @settings(deadline=None)

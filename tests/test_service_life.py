@@ -225,7 +225,7 @@ METRICS = {"bind": "127.0.0.1:0", "max_engines": 1}
 
 def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
     async def test():
-        policy = {"policy": "static:max_num_seqs=8"}
+        policy = {"policy": "static:max_num_seqs=8", "min_num_seqs": 12}
         async with (
             serving(default=policy, metrics=METRICS, canary={"judged": False}) as service,
             channel_to(service) as channel,
@@ -242,7 +242,7 @@ def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
             me = (("engine", "node-1:77"), ("group", "chat"), ("rank", "0"))
             expected = {
                 "desired_max_num_seqs": 8,
-                "leased_max_num_seqs": 50,
+                "leased_max_num_seqs": 12,
                 "applied_max_num_seqs": 64,
                 "desired_max_num_batched_tokens": 8192,
                 "leased_max_num_batched_tokens": 8192,
@@ -265,7 +265,7 @@ def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
             assert page["engines_without_series"] == {(): 1}
             assert page["canary_problem"] == {(("group", "chat"),): 1}
             assert page["leases_total"] == {(("group", "chat"),): 1}
-            assert page["clamps_total"] == {(("group", "chat"), ("reason", "below_running")): 1}
+            assert page["clamps_total"] == {(("group", "chat"), ("reason", "below_lower_bound")): 1}
             errors = {(("code", "INVALID_ARGUMENT"), ("method", "Tune")): 1}
             assert page["errors_total"] == errors
             assert page["refusals_total"] == {(("reason", "invalid_message"),): 1}

@@ -506,7 +506,7 @@ def test_every_answered_report_goes_to_the_experience_log(tmp_path):
 
     async def test():
         storage = {"experience": str(folder)}
-        default = {"policy": "static:max_num_seqs=8"}
+        default = {"policy": "static:max_num_seqs=8", "min_num_seqs": 12}
         async with (
             serving(default=default, storage=storage) as service,
             channel_to(service) as channel,
@@ -526,8 +526,8 @@ def test_every_answered_report_goes_to_the_experience_log(tmp_path):
         40.0,
     )
     assert first["window_decode_tokens"] == 500
-    assert (first["proposed_max_num_seqs"], first["limit_max_num_seqs"]) == (8, 50)
-    assert (first["clamp"], first["policy"]) == ("below_running", "static:max_num_seqs=8")
+    assert (first["proposed_max_num_seqs"], first["limit_max_num_seqs"]) == (8, 12)
+    assert (first["clamp"], first["policy"]) == ("below_lower_bound", "static:max_num_seqs=8")
     assert (first["local_max_num_seqs"], second["local_max_num_seqs"]) == (None, 33)
 
 

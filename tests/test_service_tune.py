@@ -81,14 +81,14 @@ def test_what_the_engine_knows_for_long_enough_is_not_said_again():
 
 def test_other_limits_are_said_at_once_however_long_the_lease_runs():
     async def test():
-        policy = {"policy": "static:max_num_seqs=32"}
+        policy = {"policy": "memory"}
         async with serving(default=policy) as service, channel_to(service) as channel:
             engine = Engine(channel)
             await engine.begin()
-            assert (await engine.ask(1)).limits.max_num_seqs == 50  # 50 run
+            assert (await engine.ask(1)).limits.max_num_seqs == 95  # of 10 blocks each
             few = {"running": 4}
             lease = await engine.ask(2, lease_remaining_ms=1900, window=few)
-            assert (lease.sequence, lease.limits.max_num_seqs) == (2, 32)
+            assert (lease.sequence, lease.limits.max_num_seqs) == (2, 7)  # of 125
             stub = tuner_pb2_grpc.TunerServiceStub(channel)
             (shown,) = (await stub.ListEngines(pb.ListEnginesRequest())).engines
             assert shown.lease.sequence == 2
@@ -105,13 +105,13 @@ def test_other_limits_are_said_at_once_however_long_the_lease_runs():
 
 def test_the_service_shields_what_a_policy_wants():
     async def test():
-        policy = {"policy": "static:max_num_seqs=8"}
+        policy = {"policy": "static:max_num_seqs=8", "min_num_seqs": 12}
         async with serving(default=policy) as service, channel_to(service) as channel:
             engine = Engine(channel)
             await engine.begin()
             lease = await engine.ask(1)
-            assert lease.limits.max_num_seqs == 50  # 50 run: none is ever taken out
-            assert service.meters.clamps == {("chat", "below_running"): 1}
+            assert lease.limits.max_num_seqs == 12  # though 50 run: the engine waits for them
+            assert service.meters.clamps == {("chat", "below_lower_bound"): 1}
 
     run(test)
 
@@ -273,12 +273,12 @@ def test_a_policy_that_raises_leaves_its_engine_alone_and_no_other(raising):
             one, two = Engine(channel), Engine(channel)
             await one.begin()
             await two.begin(hello(engine="node-2:1"))
-            assert (await one.ask(1)).limits.max_num_seqs == 50
+            assert (await one.ask(1)).limits.max_num_seqs == 9
             await one.send(report=report(2, window={"waiting": 13}))
             await one.send(report=report(3))  # still taken in, still without an answer
             while service.sessions.get(engine_key(hello().id)).sequence < 3:
                 await asyncio.sleep(0.01)
-            assert (await two.ask(1)).limits.max_num_seqs == 50
+            assert (await two.ask(1)).limits.max_num_seqs == 9
             stub = tuner_pb2_grpc.TunerServiceStub(channel)
             engines = (await stub.ListEngines(pb.ListEnginesRequest())).engines
             assert [e.problem for e in engines] == [
@@ -366,7 +366,7 @@ def test_limits_can_be_asked_for_without_a_stream():
                 await stub.GetLimits(pb.GetLimitsRequest(id=key, report=report(1)))
             assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
             asked = pb.GetLimitsRequest(id=key, hello=hello(), report=report(1))
-            assert (await stub.GetLimits(asked)).lease.limits.max_num_seqs == 50
+            assert (await stub.GetLimits(asked)).lease.limits.max_num_seqs == 32
             newest = await stub.GetLimits(pb.GetLimitsRequest(id=key))
             assert newest.lease.sequence == 1
             engine = Engine(channel)
@@ -421,7 +421,7 @@ def test_a_watcher_sees_everything_first_and_then_what_changes():
             assert [e.id.engine for e in first.engines] == ["node-1:77", "node-2:1"]
             assert first.engines[0].window.running == 50
             assert first.engines[0].applied_limits.max_num_seqs == 64
-            assert first.engines[0].lease.limits.max_num_seqs == 50
+            assert first.engines[0].lease.limits.max_num_seqs == 32
             assert not first.engines[1].HasField("lease")
             await two.ask(1)
             assert [e.id.engine for e in (await watching.read()).engines] == ["node-2:1"]
@@ -466,7 +466,7 @@ def test_synchronous_clients_are_served_too():
     async def test():
         async with serving(default=STATIC) as service:
             lease = await asyncio.to_thread(ask_synchronously, str(service.address))
-            assert lease.limits.max_num_seqs == 50
+            assert lease.limits.max_num_seqs == 32
 
     def ask_synchronously(address):
         with grpc.insecure_channel(address) as channel:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot
-from batchpilot.agents.shield import Clamp, SafetyBounds, shield
+from batchpilot.agents.shield import Clamp, SafetyBounds, shield, shield_ahead
 
 STARTUP = BatchLimits(256, 2048)
 FACTS = EngineFacts(STARTUP, total_blocks=1000, block_size=16)
@@ -82,3 +82,25 @@ def test_nothing_unsafe_comes_out(seqs, tokens, running, least, most, memory):
     assert 0 < limits.max_num_batched_tokens <= STARTUP.max_num_batched_tokens
     assert limits.max_num_batched_tokens >= min(64 + running, STARTUP.max_num_batched_tokens)
     assert shield(limits, snapshot(running), bounds, memory).limits == limits
+
+
+@given(
+    seqs=st.integers(-(10**9), 10**9) | st.floats(),
+    tokens=st.integers(-(10**9), 10**9) | st.none(),
+    running=st.integers(0, 256),
+    least=st.integers(1, 300),
+    most=st.integers(1, 300) | st.none(),
+)
+def test_shielded_ahead_nothing_is_lost_for_the_engine_s_own_shield(
+    seqs, tokens, running, least, most
+):
+    """Whatever runs by then, it makes of the limits what it had made of the proposal."""
+    bounds, proposed = SafetyBounds(least, most), BatchLimits(seqs, tokens)
+    ahead = shield_ahead(proposed, FACTS, bounds).limits
+    now = snapshot(running)
+    assert shield(ahead, now, bounds).limits == shield(proposed, now, bounds).limits
+
+
+def test_shielded_ahead_a_limit_is_not_held_up_by_what_runs():
+    limits = BatchLimits(8, 512)
+    assert shield_ahead(limits, FACTS, SafetyBounds()) == (limits, Clamp.NONE)
