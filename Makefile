@@ -81,6 +81,9 @@ bench-service: setup  ## 1,000 engines at 4 reports/s against one service, then 
 	$(BIN)/python -m batchpilot.service.load --json results/service.json
 	$(BIN)/python -m batchpilot.service.load --knee --seconds 15 --json results/service-knee.json
 
+bench-leased: setup  ## a policy in the service against the same in the engine, in virtual time
+	$(BIN)/python tests/leased.py
+
 chaos: setup  ## twenty faults between a live vLLM and its service: nothing lost, at what speed
 	$(BIN)/python tests/chaos.py
 

@@ -59,10 +59,18 @@ class MemorySlaPolicy:
             lesser = memory if memory.limits.max_num_seqs <= sla.limits.max_num_seqs else sla
             startup = snapshot.engine.startup_limits
             limits = BatchLimits(lesser.limits.max_num_seqs, startup.max_num_batched_tokens)
-            self._decision = Decision(
-                limits, Source.MEMORY_SLA, lesser.reason, wanted_seqs=lesser.wanted_seqs
-            )
+            wanted = _wanted_seqs(memory, sla)
+            self._decision = Decision(limits, Source.MEMORY_SLA, lesser.reason, wanted_seqs=wanted)
         return self._decision
+
+
+def _wanted_seqs(memory: Decision, sla: Decision) -> int | None:
+    """What the two want together; 0 where memory decides, lets nobody in and cannot say how many."""
+    of_memory, of_sla = memory.limits.max_num_seqs, sla.limits.max_num_seqs
+    if memory.wanted_seqs == 0 and of_memory <= of_sla:
+        return 0
+    wanted = min(memory.wanted_seqs or of_memory, sla.wanted_seqs or of_sla)
+    return wanted if wanted < min(of_memory, of_sla) else None
 
 
 def _memory_rule(name: str) -> LimitPolicy:

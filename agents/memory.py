@@ -27,13 +27,24 @@ def startup_decision(snapshot: EngineSnapshot, reason: str) -> Decision:
     return Decision(snapshot.engine.startup_limits, Source.MEMORY, reason)
 
 
-def memory_decision(snapshot: EngineSnapshot, max_num_seqs: int, reason: str) -> Decision:
-    """A memory rule's sequence limit, with N <= limit <= B_max and the start-up token budget."""
+def memory_decision(
+    snapshot: EngineSnapshot, max_num_seqs: int, reason: str, held: Decision | None = None
+) -> Decision:
+    """A memory rule's sequence limit, with N <= limit <= B_max and the start-up token budget.
+
+    Args:
+        snapshot: Before the step.
+        max_num_seqs: What the rule wants; 0: nobody more, however many that is.
+        reason: Why.
+        held: An earlier decision; it is the result where it has these limits for this wish.
+    """
     startup = snapshot.engine.startup_limits
     limit = min(max(max_num_seqs, snapshot.running, 1), startup.max_num_seqs)
+    wanted = max_num_seqs if max_num_seqs < limit else None
+    if held is not None and held.limits.max_num_seqs == limit and held.wanted_seqs == wanted:
+        return held
     limits = BatchLimits(limit, startup.max_num_batched_tokens)
-    is_shut = limit == snapshot.running
-    return Decision(limits, Source.MEMORY, reason, wanted_seqs=0 if is_shut else None)
+    return Decision(limits, Source.MEMORY, reason, wanted_seqs=wanted)
 
 
 @dataclass(frozen=True)
@@ -74,18 +85,18 @@ class MemoryPolicy:
     def decide(self, snapshot: EngineSnapshot) -> Decision:
         """Sizes the batch by the blocks a running sequence holds on average."""
         if snapshot.waiting and snapshot.running and snapshot.used_blocks:
-            limit = self.limit(snapshot)
-            if self._decision is None or limit != self._decision.limits.max_num_seqs:
-                self._decision = memory_decision(snapshot, limit, "blocks held per sequence now")
+            reason = "blocks held per sequence now"
+            self._decision = memory_decision(
+                snapshot, self._limit(snapshot), reason, self._decision
+            )
         if self._decision is None:
             self._decision = startup_decision(snapshot, "nothing waited yet")
         return self._decision
 
-    def limit(self, snapshot: EngineSnapshot) -> int:
-        """The b of a snapshot with running sequences that hold blocks."""
+    def _limit(self, snapshot: EngineSnapshot) -> int:
+        """The b of a snapshot with running sequences that hold blocks, before its bounds."""
         fillable = snapshot.engine.total_blocks * self._factor
-        limit = int(fillable * snapshot.running / snapshot.used_blocks)
-        return min(max(limit, snapshot.running), snapshot.engine.startup_limits.max_num_seqs)
+        return int(fillable * snapshot.running / snapshot.used_blocks)
 
 
 def chance_constrained_limit(
@@ -142,7 +153,7 @@ class MemoryCltPolicy:
         """Starts without lengths."""
         self._epsilon = params.memory_overflow_probability
         self._lengths = LengthEstimator()
-        self._estimate: LengthEstimate | None = None
+        self._limit: int | None = None
         self._decision: Decision | None = None
 
     def observe(self, step: StepRecord) -> None:
@@ -153,20 +164,22 @@ class MemoryCltPolicy:
         """Sizes the batch by the length distribution, when it has moved."""
         if snapshot.waiting and self._lengths.is_stale:
             ages = [sequence.output_tokens for sequence in snapshot.read_running()]
-            self._estimate = self._lengths.estimate(ages)
-            self._decision = None
-        if self._decision is None:
-            self._decision = self._size(snapshot)
+            self._limit = self._size(self._lengths.estimate(ages), snapshot)
+        if self._limit is not None:
+            reason = "full-length sequences at overflow odds"
+            self._decision = memory_decision(snapshot, self._limit, reason, self._decision)
+        elif self._decision is None:
+            self._decision = startup_decision(snapshot, "no request has finished yet")
         return self._decision
 
-    def _size(self, snapshot: EngineSnapshot) -> Decision:
-        lengths = self._estimate
+    def _size(self, lengths: LengthEstimate | None, snapshot: EngineSnapshot) -> int | None:
+        """The b of a length distribution, before its bounds; None while there is none."""
         if lengths is None:
-            return startup_decision(snapshot, "no request has finished yet")
+            return None
         limit = chance_constrained_limit(
             lengths.prompt_mean + lengths.mean,
             lengths.prompt_variance + lengths.variance,
             snapshot.engine.kv_capacity_tokens,
             self._epsilon,
         )
-        return memory_decision(snapshot, int(limit), "full-length sequences at overflow odds")
+        return int(limit)

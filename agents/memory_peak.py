@@ -118,18 +118,20 @@ class MemoryPeakPolicy:
             self._decision = self._idle = self._idle or startup_decision(snapshot, "nothing waits")
         elif self._decision is None or self._may_look(snapshot):
             self._decision = self._look(snapshot)
-        elif not self._says_what_is_granted(self._decision, snapshot):
-            granted = running + self._grant
+        else:
             reason = "peak of future memory, as last looked at"
-            self._decision = memory_decision(snapshot, granted, reason)
+            self._decision = memory_decision(
+                snapshot, self._granted(snapshot), reason, self._decision
+            )
         return self._decision
 
-    def _says_what_is_granted(self, decision: Decision, snapshot: EngineSnapshot) -> bool:
-        """Whether a decision of an earlier step still has the limit and the door of this one."""
-        granted = snapshot.running + self._grant
-        limit = min(granted, snapshot.engine.startup_limits.max_num_seqs)
-        is_shut = decision.wanted_seqs is not None
-        return decision.limits.max_num_seqs == limit and is_shut == (limit == snapshot.running)
+    def _granted(self, snapshot: EngineSnapshot) -> int:
+        """The sequences granted; 0 for nobody more.
+
+        Where nobody more could come in, nothing has been looked at and memory shuts no door.
+        """
+        is_full = snapshot.running >= snapshot.engine.startup_limits.max_num_seqs
+        return snapshot.running + self._grant if self._grant or is_full else 0
 
     def _may_look(self, snapshot: EngineSnapshot) -> bool:
         """Whether a look is due: not where nobody could come in, nor while those granted do."""
@@ -159,7 +161,7 @@ class MemoryPeakPolicy:
         self._grant = self._admissible(snapshot, running, candidates, lengths)
         # Once those are in there may be room for more.
         self._must_look = self._grant > 0
-        return memory_decision(snapshot, snapshot.running + self._grant, "peak of future memory")
+        return memory_decision(snapshot, self._granted(snapshot), "peak of future memory")
 
     def _admissible(
         self,

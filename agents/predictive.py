@@ -135,7 +135,8 @@ class PredictivePolicy:
         tokens, decodes = limits.max_num_batched_tokens, snapshot.decode_seqs
         if decodes:
             tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill)
-        wanted = 0 if seqs == snapshot.running else None
+        is_full = seqs >= snapshot.engine.startup_limits.max_num_seqs
+        wanted = None if seqs > snapshot.running or is_full else 0
         return self._decided(seqs, tokens, COLD, Source.MEMORY_SLA, wanted_seqs=wanted)
 
     def _decided(

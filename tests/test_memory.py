@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchpilot.agents.combined import MemorySlaParameters, MemorySlaPolicy
 from batchpilot.agents.limits import (
     BatchLimits,
     EngineFacts,
@@ -23,6 +24,7 @@ from batchpilot.agents.memory import (
     MemoryPolicy,
     chance_constrained_limit,
 )
+from batchpilot.agents.sla import SlaParameters, SlaPolicy
 
 FACTS = EngineFacts(BatchLimits(256, 2048), total_blocks=1000, block_size=16)
 
@@ -52,6 +54,20 @@ def test_1a_decides_only_when_requests_wait_and_run_and_keeps_its_limit_until_th
     assert policy.decide(snapshot(50, 500)).limits.max_num_seqs == 95
     assert policy.decide(snapshot(50, 900, waiting=0)).limits.max_num_seqs == 95
     assert policy.decide(snapshot(50, 900)).limits.max_num_seqs == 52
+
+
+def test_1a_says_what_it_wanted_where_what_runs_holds_its_limit_up():
+    policy = MemoryPolicy(MemoryParameters())
+    assert policy.decide(snapshot(99, 990)).wanted_seqs == 95
+    assert policy.decide(snapshot(98, 980)).wanted_seqs == 95
+    assert policy.decide(snapshot(94, 940)).wanted_seqs is None  # the limit means itself
+
+
+def test_1a_shuts_no_door_where_all_places_are_taken_and_memory_has_room():
+    policy = MemoryPolicy(MemoryParameters())
+    full = policy.decide(snapshot(256, 500))
+    assert (full.limits.max_num_seqs, full.wanted_seqs) == (256, None)
+    assert policy.decide(snapshot(250, 490)) is full
 
 
 @given(
@@ -102,6 +118,18 @@ def test_1b_sizes_by_the_lengths_of_finished_and_running_requests():
     assert limit == 16_000 // 150  # no spread: every request takes 150 tokens
 
 
+def test_1b_falls_with_what_runs_until_no_more_than_fit_do():
+    policy = MemoryCltPolicy(MemoryCltParameters(memory_overflow_probability=0.05))
+    finished = tuple(FinishedRequest(100, 50, True) for _ in range(200))
+    policy.observe(StepRecord(0.01, 50, 50, 0, finished=finished, arrived=(100,) * 200))
+    found = []
+    for count in (120, 110, 90):
+        running = [SequenceState(101, 1, 0)] * count
+        decision = policy.decide(snapshot(count, 500, read_running=running.copy))
+        found.append((decision.limits.max_num_seqs, decision.wanted_seqs))
+    assert found == [(120, 106), (110, 106), (106, None)]
+
+
 @given(
     states=st.lists(
         st.tuples(st.integers(0, 256), st.integers(0, 1000), st.integers(0, 50)), max_size=50
@@ -113,3 +141,14 @@ def test_1a_never_leaves_n_to_b_max(states):
         decision = policy.decide(snapshot(running, used, waiting))
         if waiting and running and used:
             assert running <= decision.limits.max_num_seqs <= 256
+
+
+def test_of_two_rules_that_what_runs_holds_up_the_one_that_wants_fewer_is_meant():
+    """`memory+sla`: 190 fit, and the latency search begins at 132 or so, while 200 run."""
+    sla = SlaPolicy(SlaParameters(itl_slo_ms=50.0)).decide(snapshot(200, 1000))
+    policy = MemorySlaPolicy(MemorySlaParameters(itl_slo_ms=50.0, sla="sla"))
+    both = policy.decide(snapshot(200, 1000))
+    assert both.limits.max_num_seqs == sla.limits.max_num_seqs == 200
+    assert both.wanted_seqs == sla.wanted_seqs < 190
+    lower = policy.decide(snapshot(100, 1000))  # 95 fit
+    assert (lower.limits.max_num_seqs, lower.wanted_seqs) == (100, 95)
