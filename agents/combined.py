@@ -65,7 +65,7 @@ class MemorySlaPolicy:
 
 
 def _wanted_seqs(memory: Decision, sla: Decision) -> int | None:
-    """What the two want together; 0 where memory decides, lets nobody in and cannot say how many."""
+    """What the two want together; 0 where memory lets nobody in and cannot say how many."""
     of_memory, of_sla = memory.limits.max_num_seqs, sla.limits.max_num_seqs
     if memory.wanted_seqs == 0 and of_memory <= of_sla:
         return 0

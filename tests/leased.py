@@ -1,9 +1,9 @@
 """A policy in the service against the same policy in the engine, in virtual time.
 
-The engine is vLLM's scheduler on a virtual GPU, and both sides are the real ones: the hook's reports
-as they go over the wire, the service's decision on them, the lease as the hook takes it. Only what
-lies between takes no time here. What is left is what a decision at a distance costs: it is made
-once an interval, from what a report tells, and holds until the next.
+The engine is vLLM's scheduler on a virtual GPU, and both sides are the real ones: reports of the
+hook as they go over the wire, decisions of the service, leases as the hook takes them. Only
+the wire itself takes no time. What is left is what a decision at a distance costs: it is made once
+an interval, from what a report tells, and holds until the next.
 
 `python tests/leased.py` (`make bench-leased`) prints the table of docs/service.md.
 """
