@@ -65,10 +65,10 @@ class MemorySlaPolicy:
 
 
 def _wanted_seqs(memory: Decision, sla: Decision) -> int | None:
-    """What the two want together; 0 where memory lets nobody in and cannot say how many."""
+    """What the two want together; 0 where memory lets nobody in and no one says how many."""
     of_memory, of_sla = memory.limits.max_num_seqs, sla.limits.max_num_seqs
     if memory.wanted_seqs == 0 and of_memory <= of_sla:
-        return 0
+        return sla.wanted_seqs or 0
     wanted = min(memory.wanted_seqs or of_memory, sla.wanted_seqs or of_sla)
     return wanted if wanted < min(of_memory, of_sla) else None
 

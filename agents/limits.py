@@ -226,6 +226,14 @@ class Decision:
     is_whole: bool = False
     wanted_seqs: int | None = None
 
+    @property
+    def wanted(self) -> BatchLimits:
+        """The limits as they would be if fewer ran, as far as that is known."""
+        seqs, limits = self.wanted_seqs, self.limits
+        if not seqs or seqs >= limits.max_num_seqs:
+            return limits
+        return BatchLimits(seqs, limits.max_num_batched_tokens)
+
 
 def binding_constraint(
     *, running: int, waiting: int, max_num_seqs: int, scheduled_tokens: int, token_budget: int

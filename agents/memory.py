@@ -59,12 +59,13 @@ class MemoryParameters(Parameters):
 class MemoryPolicy:
     """Algorithm 1 in its authors' runnable form: size by what a sequence holds now.
 
-    Formula, whenever requests wait and run:
+    Formula, whenever requests run:
 
         blocks_per_seq = used_blocks / N
         b = floor(total_blocks * memory_factor / blocks_per_seq),  N <= b <= B_max
 
-    and the last b until then. No length has to be known or guessed.
+    and the last b until then. No length has to be known or guessed. Its authors size only while
+    requests wait, too: at no other time does it matter what fits, but to who is told it in advance.
 
     Regimes: young sequences hold little, so b starts high and falls as they grow; in steady state
     it hovers where the cache is `memory_factor` full.
@@ -84,13 +85,13 @@ class MemoryPolicy:
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
         """Sizes the batch by the blocks a running sequence holds on average."""
-        if snapshot.waiting and snapshot.running and snapshot.used_blocks:
+        if snapshot.running and snapshot.used_blocks:
             reason = "blocks held per sequence now"
             self._decision = memory_decision(
                 snapshot, self._limit(snapshot), reason, self._decision
             )
         if self._decision is None:
-            self._decision = startup_decision(snapshot, "nothing waited yet")
+            self._decision = startup_decision(snapshot, "nothing has run yet")
         return self._decision
 
     def _limit(self, snapshot: EngineSnapshot) -> int:

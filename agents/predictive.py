@@ -114,7 +114,7 @@ class PredictivePolicy:
             return self._guarded(snapshot, latency.trust.kept_so_far)
         reason, is_whole = PEAK, False
         if latency.largest_batch < seqs:
-            wanted = latency.largest_batch
+            wanted = min(wanted or latency.largest_batch, latency.largest_batch)
             seqs = max(latency.largest_batch, snapshot.running)
             reason = OUT_OF_REACH if latency.is_out_of_reach else LARGER_BATCH
         decodes = snapshot.decode_seqs
@@ -130,13 +130,14 @@ class PredictivePolicy:
 
     def _guarded(self, snapshot: EngineSnapshot, prefill: int) -> Decision:
         """The guard's sequence limit, and a token budget that has kept the target so far."""
-        limits = self._guard.decide(snapshot).limits
+        guarded = self._guard.decide(snapshot)
+        limits, wanted = guarded.limits, guarded.wanted_seqs
         seqs = max(limits.max_num_seqs, snapshot.running, 1)
         tokens, decodes = limits.max_num_batched_tokens, snapshot.decode_seqs
         if decodes:
             tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill)
-        is_full = seqs >= snapshot.engine.startup_limits.max_num_seqs
-        wanted = None if seqs > snapshot.running or is_full else 0
+        if wanted is None and limits.max_num_seqs < seqs:
+            wanted = limits.max_num_seqs
         return self._decided(seqs, tokens, COLD, Source.MEMORY_SLA, wanted_seqs=wanted)
 
     def _decided(

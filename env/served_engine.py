@@ -145,6 +145,9 @@ class ServedEngine:
     def apply(self, limits: BatchLimits) -> None:
         """Asks for limits: applied when steering, kept as `shadow_limits` otherwise.
 
+        When steering, reports that came since the last `collect` are dropped: they tell of former
+        limits, and would be taken for what came of these.
+
         They are in force with the engine's next report, for `hold_seconds` at most, and pass the
         service's shield and its own.
 
@@ -153,6 +156,7 @@ class ServedEngine:
         """
         self.shadow_limits = limits
         if self.config.mode == "steer":
+            self._forget_waiting()
             self._held_at = (
                 f"static:max_num_seqs={limits.max_num_seqs}"
                 f":max_num_batched_tokens={limits.max_num_batched_tokens}"
@@ -206,6 +210,15 @@ class ServedEngine:
     def __exit__(self, *exception: object) -> None:
         """Closes it."""
         self.close()
+
+    def _forget_waiting(self) -> None:
+        """Drops the reports that wait: they tell of limits before those now asked for."""
+        for _ in range(self._reports.qsize()):
+            item = self._reports.get_nowait()
+            if isinstance(item, str):  # why nothing more comes: the next to collect hears of it
+                self._reports.put(item)
+                return
+            self._status = item
 
     def _find(self) -> pb.EngineStatus:
         config = self.config

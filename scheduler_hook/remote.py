@@ -40,7 +40,7 @@ class EngineReport(NamedTuple):
         snapshot: The engine at its end; its readers are not to be called.
         limits: The limits in force at its end.
         source: Who made the newest decision.
-        local_limits: What the local policy would apply.
+        local_limits: What the local policy wants.
         clamps: Decisions that the shield changed, by reason.
         running: The sequences that run; None unless the service asked for detail.
         waiting: The next requests; None unless the service asked for detail.
@@ -148,7 +148,7 @@ class RemotePolicy:
         decision = leased or self._fall_back(snapshot)
         local = decision if leased is None else self._local.decide(snapshot)
         try:
-            self._report(snapshot, now, decision, local.limits)
+            self._report(snapshot, now, decision, local.wanted)
         except Exception:
             self._stop_reporting()
         return decision

@@ -55,6 +55,7 @@ class Decider:
         self._facts = facts
         self._bounds = bounds
         self._clock_seconds = 0.0
+        self._has_begun = False
 
     def decide(self, report: pb.Report) -> ShieldedDecision:
         """Learns from a report and decides on the state at its end.
@@ -65,6 +66,9 @@ class Decider:
         window = report.window
         self._clock_seconds += window.seconds
         snapshot = self._snapshot(report)
+        if not self._has_begun:  # in an engine, too, a policy decides before it sees a step
+            self._has_begun = True
+            self._policy.decide(snapshot)
         if report.steps:
             decision = self._replay(report, snapshot)
         else:
@@ -124,11 +128,11 @@ def _for_a_lease(decision: Decision, running: int) -> BatchLimits:
     What runs holds a policy's limit up for the step that is next. On lease it would let in another
     for each sequence that ends, so that no limit could fall while requests wait.
     """
-    limits, wanted = decision.limits, decision.wanted_seqs
-    if wanted is None:
-        return limits
-    wanted = min(wanted or int(SHUT_SHARE * running), limits.max_num_seqs)
-    return BatchLimits(wanted, limits.max_num_batched_tokens)
+    limits = decision.limits
+    if decision.wanted_seqs != 0:
+        return decision.wanted
+    seqs = min(round(SHUT_SHARE * running), limits.max_num_seqs)
+    return BatchLimits(seqs, limits.max_num_batched_tokens)
 
 
 def mean_steps(window: pb.TelemetryWindow) -> list[tuple[StepRecord, int]]:

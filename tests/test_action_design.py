@@ -105,6 +105,14 @@ def test_a_decision_on_what_runs_says_what_was_wanted(design):
     assert policy.decide(running_with(1)).wanted_seqs is None
 
 
+@pytest.mark.parametrize(
+    ("limit", "wanted", "seqs"), [(100, 40, 40), (100, None, 100), (100, 0, 100), (100, 120, 100)]
+)
+def test_a_decision_tells_the_limits_it_wants(limit, wanted, seqs):
+    decision = Decision(BatchLimits(limit, 2048), Source.MEMORY, "", wanted_seqs=wanted)
+    assert decision.wanted == BatchLimits(seqs, 2048)
+
+
 def test_an_action_lets_nobody_in_at_the_lowest():
     found = RESIDUAL.to_limits((-1.0, 0.0), based(100, 2048), running_with(80))
     assert found.max_num_seqs == 80

@@ -48,12 +48,13 @@ def test_1a_sizes_by_the_blocks_a_sequence_holds_now(running, used_blocks, facto
     assert policy.decide(snapshot(running, used_blocks)).limits == BatchLimits(limit, 2048)
 
 
-def test_1a_decides_only_when_requests_wait_and_run_and_keeps_its_limit_until_then():
+def test_1a_sizes_whenever_requests_run_and_keeps_its_limit_until_then():
     policy = MemoryPolicy(MemoryParameters())
     assert policy.decide(snapshot(0, 0)).limits == FACTS.startup_limits
     assert policy.decide(snapshot(50, 500)).limits.max_num_seqs == 95
-    assert policy.decide(snapshot(50, 900, waiting=0)).limits.max_num_seqs == 95
-    assert policy.decide(snapshot(50, 900)).limits.max_num_seqs == 52
+    assert policy.decide(snapshot(0, 0)).limits.max_num_seqs == 95
+    assert policy.decide(snapshot(50, 900, waiting=0)).limits.max_num_seqs == 52
+    assert policy.decide(snapshot(50, 800)).limits.max_num_seqs == 59
 
 
 def test_1a_says_what_it_wanted_where_what_runs_holds_its_limit_up():

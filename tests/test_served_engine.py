@@ -119,6 +119,16 @@ def test_steering_moves_the_servers_limits_and_closing_gives_its_policy_back(ser
         assert becomes(engine, BatchLimits(20, 2048))
 
 
+def test_what_was_reported_before_limits_were_asked_for_is_not_taken_for_their_doing(
+    server, target
+):
+    with ServedEngine(config(target, mode="steer")) as engine:
+        assert until(lambda: engine._reports.qsize() > 3)
+        engine.apply(BatchLimits(20, 1024))
+        assert engine._reports.qsize() < 3
+        assert becomes(engine, BatchLimits(20, 1024))
+
+
 def play_with_the_middle_action(env):
     """One episode; returns its last info and reward."""
     seen, info = env.reset(seed=1)

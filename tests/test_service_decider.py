@@ -68,7 +68,8 @@ def test_a_window_is_shown_as_its_mean_steps_with_events_in_the_last():
         arrived=(250,) * 4,
     )
     assert policy.steps == [kv] * 2 + [seqs] * 3 + [mean] * 4 + [last]
-    (snapshot,) = policy.snapshots
+    before, snapshot = policy.snapshots  # in an engine, too, it decides before the first step
+    assert before == snapshot
     assert (snapshot.running, snapshot.waiting, snapshot.used_blocks) == (50, 5, 500)
     assert snapshot.binding is Binding.MAX_NUM_SEQS
     assert snapshot.clock_seconds == 0.25
@@ -81,7 +82,7 @@ def test_an_idle_window_shows_no_step_but_passes_time():
     for sequence in (1, 2):
         decider.decide(report(sequence, window=idle))
     assert policy.steps == []
-    assert [snapshot.clock_seconds for snapshot in policy.snapshots] == [0.25, 0.5]
+    assert [snapshot.clock_seconds for snapshot in policy.snapshots] == [0.25, 0.25, 0.5]
 
 
 def test_steps_are_shown_as_they_were_and_a_decision_is_asked_after_each():
@@ -112,7 +113,7 @@ def test_steps_are_shown_as_they_were_and_a_decision_is_asked_after_each():
     assert policy.steps == [step_record(message) for message in steps]
     assert (policy.steps[0].prefill_squares, policy.steps[0].cached_tokens) == (4096, 128)
     assert policy.steps[1].finished == (FinishedRequest(10, 20, True),)
-    first, last = policy.snapshots
+    _, first, last = policy.snapshots
     assert (first.clock_seconds, last.clock_seconds) == (0.1875, 0.25)
     assert (first.running, first.prefill_seqs, first.used_blocks) == (40, 1, 200)
     assert (last.running, last.used_blocks) == (50, 500)
@@ -133,7 +134,7 @@ def test_what_a_policy_wants_is_shielded_by_the_narrower_bounds():
     [
         (8, None, 8),  # the limit means itself
         (50, 20, 20),  # what runs holds it up for the next step only
-        (50, 0, 47),  # the door is shut, for nobody knows how many
+        (50, 0, 48),  # the door is shut, for nobody knows how many
         (40, 60, 40),
     ],
 )
