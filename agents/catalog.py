@@ -194,6 +194,8 @@ class PolicySpec:
                 raise ConfigError(f"policy {text!r}: {pair!r} is not key=value")
             if key in parameters:
                 raise ConfigError(f"policy {text!r}: {key} is given twice")
+            if "," in value and "=" in value:
+                raise ConfigError(f"policy {text!r}: write ':' between parameters, not ','")
             parameters[key] = value
         return cls(name, parameters)
 

@@ -170,7 +170,9 @@ class MemoryCltPolicy:
             reason = "full-length sequences at overflow odds"
             self._decision = memory_decision(snapshot, self._limit, reason, self._decision)
         elif self._decision is None:
-            self._decision = startup_decision(snapshot, "no request has finished yet")
+            self._decision = startup_decision(
+                snapshot, "no lengths known: nothing has finished while requests waited"
+            )
         return self._decision
 
     def _size(self, lengths: LengthEstimate | None, snapshot: EngineSnapshot) -> int | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from batchpilot.agents.parameters import ConfigError
-from batchpilot.agents.remote import LeaseHolder
+from batchpilot.agents.remote import LeaseHolder, printable
 from batchpilot.scheduler_hook import tuner_channel
 from batchpilot.scheduler_hook.remote import EngineReport
 
@@ -114,6 +114,7 @@ class TunerClient:
         self.interval_seconds = FIRST_INTERVAL_SECONDS
         self.wants_detail = False
         self.make_hello = make_hello
+        self.policy_problem = ""
         self._service_itl_slo_ms: float | None = None
         self._backoff = backoff or Backoff()
         self._targets = tuner_channel.rotation(
@@ -194,6 +195,7 @@ class TunerClient:
         self.interval_seconds = min(max(asked, least), most) if asked else FIRST_INTERVAL_SECONDS
         self.wants_detail = welcome.detail == wire.DETAIL_STEPS
         self._service_itl_slo_ms = itl_target_ms(welcome)
+        self.policy_problem = printable(welcome.problem)
         if not self.stats.connected:
             self.stats.connected = True
             self.stats.sessions += 1

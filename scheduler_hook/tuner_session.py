@@ -141,7 +141,9 @@ class TunerSession:
             return "SILENT: no welcome" if now - self._opened_at > WELCOME_SECONDS else ""
         since = self._leases.unanswered_since()
         if since is not None and now - since > self._client.patience_seconds:
-            return f"SILENT: no answer to a report in {now - since:.1f} s"
+            why = self._client.policy_problem
+            told = f"; the service says: {why}" if why else ""
+            return f"SILENT: no answer to a report in {now - since:.1f} s{told}"
         return ""
 
     def _message(self, report: EngineReport) -> wire.Report:

@@ -93,10 +93,6 @@ ENGINE_GAUGES: dict[str, EngineGauge] = {
     "itl_target_seconds": EngineGauge(
         "the target for it: the engine's own, or else its group's", _itl_target
     ),
-    "has_lease": EngineGauge(
-        "1 while the service supplies limits, 0 when the policy has failed",
-        lambda session: float(session.lease is not None),
-    ),
     "canary": EngineGauge(
         "1 while the engine tries its group's canary policy",
         lambda session: float(session.choice is not None and session.choice.canary),
@@ -193,6 +189,11 @@ def _engines(sessions: list[Session], now: float) -> Iterator[Any]:
     age = GaugeMetricFamily(
         f"{PREFIX}report_age_seconds", "since the newest report", labels=ENGINE_LABELS
     )
+    has_lease = GaugeMetricFamily(
+        f"{PREFIX}has_lease",
+        "1 while a lease runs, 0 where the policy has failed; absent for an idle engine",
+        labels=ENGINE_LABELS,
+    )
     bound = GaugeMetricFamily(
         f"{PREFIX}bound",
         "1 for what kept the next request out of the newest step",
@@ -200,9 +201,12 @@ def _engines(sessions: list[Session], now: float) -> Iterator[Any]:
     )
     for label, session in zip(labels, sessions, strict=True):
         age.add_metric(label, now - session.reported_at)
+        if session.problem or session.has_lease(now):
+            has_lease.add_metric(label, not session.problem)
         binding = pb.BINDING_NONE if session.report is None else session.report.binding
         bound.add_metric((*label, BINDINGS[binding].value), 1)
     yield age
+    yield has_lease
     yield bound
 
 

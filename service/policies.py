@@ -79,7 +79,7 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
             if request.HasField("hold_seconds"):
                 await self._hold(request, group, share, caller.name)
                 return pb.PromotePolicyResponse(group_policy=self._describe(group))
-            await self._source.verify(request.policy, group)
+            await self._verify(request.policy, group)
             self._promotions.promote(group, request.policy, share)
             logger.info(
                 "%s gives group %s policy %s for a share of %g",
@@ -89,6 +89,14 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
                 share,
             )
             return pb.PromotePolicyResponse(group_policy=self._describe(group))
+
+    async def _verify(self, policy: str, group: str) -> None:
+        """Tries a policy with the targets that the group's engines have.
+
+        Raises:
+            RefusalError: As `PolicySource.verify`.
+        """
+        await self._source.verify(policy, group, self._promotions.targets(group))
 
     async def _hold(
         self, request: pb.PromotePolicyRequest, group: str, share: float, caller: str
@@ -108,7 +116,7 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
             )
         was_held = bool(self._promotions.describe(group).held_policy)
         if seconds:
-            await self._source.verify(request.policy, group)
+            await self._verify(request.policy, group)
         self._promotions.hold(group, request.policy, seconds)
         if bool(seconds) != was_held:
             what = f"holds group {group} at" if seconds else f"lets go of group {group}:"

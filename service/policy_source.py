@@ -7,7 +7,7 @@ memory of what it has seen.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,10 +94,18 @@ class PolicySource:
             try:
                 self.build(group.policy, name, trial_targets(group))
             except ConfigError as error:
-                raise ConfigError(f"group {name}: {error}") from None
+                where = name if name == "default" else f"group {name}"
+                raise ConfigError(f"{where}: {error}") from None
 
-    async def verify(self, text: str, group: str) -> None:
+    async def verify(
+        self, text: str, group: str, every: Sequence[Targets] = (TRIAL_TARGETS,)
+    ) -> None:
         """Tries a policy that somebody asks for over the network.
+
+        Args:
+            text: The policy's text.
+            group: For which.
+            every: The targets it must do with, such as those of the group's engines.
 
         Raises:
             RefusalError: NOT_FOUND, INVALID_ARGUMENT or FAILED_PRECONDITION.
@@ -105,14 +113,19 @@ class PolicySource:
         try:
             spec = PolicySpec.parse(text)
             if spec.name not in POLICIES:
-                raise _refusal(grpc.StatusCode.NOT_FOUND, f"no policy {spec.name!r}")
+                known = ", ".join(POLICIES)
+                raise _refusal(
+                    grpc.StatusCode.NOT_FOUND, f"no policy {spec.name[:40]!r}; there are: {known}"
+                )
             if spec.name == LEARNED:
                 self._check_in_registry(str(spec.parameters.get("artefact", "")))
-            await asyncio.to_thread(self.build, text, group, TRIAL_TARGETS)
+            for targets in every:
+                await asyncio.to_thread(self.build, text, group, targets)
         except ArtefactError as error:
             raise _refusal(grpc.StatusCode.FAILED_PRECONDITION, error) from None
         except ConfigError as error:
-            raise _refusal(grpc.StatusCode.INVALID_ARGUMENT, error) from None
+            text = with_its_fix(error, group)
+            raise _refusal(grpc.StatusCode.INVALID_ARGUMENT, text) from None
 
     def list(self) -> list[pb.PolicyInfo]:
         """Every policy there is; reads the registry's files."""
@@ -185,6 +198,12 @@ def trial_targets(group: GroupSettings) -> dict[str, float | None]:
         "ttft_slo_ms": group.ttft_slo_ms or TRIAL_TARGETS["ttft_slo_ms"],
         "memory_overflow_probability": group.memory_overflow_probability,
     }
+
+
+def with_its_fix(error: ConfigError, group: str) -> str:
+    """What is wrong with a policy, and for a target that it cannot do without where to set it."""
+    is_target = str(error).endswith("_slo_ms is required")
+    return f"{error}: set it for group {group} or in its engines" if is_target else str(error)
 
 
 def _summary(doc: str | None) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import grpc
@@ -12,6 +14,7 @@ import grpc
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.groups import Groups, Promotion
+from batchpilot.service.policy_source import trial_targets
 from batchpilot.service.refusals import RefusalError
 from batchpilot.service.sessions import SessionTable
 from batchpilot.service.state import read_promotions, write_promotions
@@ -38,9 +41,11 @@ class Promotions:
         """Takes up what the state file says.
 
         Raises:
-            ConfigError: It cannot be read; the promotions in force stay.
+            ConfigError: It cannot be read or kept; the promotions in force stay.
         """
         if self._path is not None:
+            if not os.access(self._path.parent, os.W_OK):
+                raise ConfigError(f"{self._path}: its folder is not there or cannot be written")
             self._groups.set_promotions(_current(read_promotions(self._path)))
 
     def check_group(self, group: str) -> str:
@@ -56,6 +61,15 @@ class Promotions:
                 grpc.StatusCode.NOT_FOUND, "group", f"no group {group[:40]!r}; there are: {listing}"
             )
         return group
+
+    def targets(self, group: str) -> list[Mapping[str, float | None]]:
+        """The targets that a policy of the group must do with: one entry for all alike.
+
+        Those of its engines; with none here, what it sets itself and stand-ins for the rest.
+        """
+        shared = trial_targets(self._groups.settings(group))
+        engines = {session.targets for session in self._sessions if session.key.group == group}
+        return [{**shared, **asdict(targets)} for targets in engines] or [shared]
 
     def in_force(self) -> Mapping[str, Promotion]:
         """What promotions have made of the groups."""
@@ -90,6 +104,8 @@ class Promotions:
         """
         now = self._groups.promotion(group)
         self._put(group, now.promoted(policy) if share == 1 else now.with_canary(policy, share))
+        if now.held_policy:
+            logger.info("group %s is no longer held at %s: a promotion", group, now.held_policy)
 
     def hold(self, group: str, policy: str, seconds: float) -> None:
         """Holds a group at a policy for a while, or ends that with 0 seconds.

@@ -39,6 +39,7 @@ from batchpilot.service.settings import (
     LimitSettings,
     ServiceSettings,
     StorageSettings,
+    load_yaml,
     read_settings,
 )
 from batchpilot.service.steering import Steering
@@ -196,6 +197,9 @@ class Service:
         return [WatchedFile(path, load) for path, load in files if path is not None]
 
     def _load_config(self) -> None:
+        assert self._config is not None
+        if not load_yaml(self._config):  # as while an editor writes it anew
+            raise ConfigError(f"{self._config}: empty")
         read = self._reread()
         self._source.forget_networks()
         self._source.check_groups(read)

@@ -45,6 +45,7 @@ class Session:
         started_at: Monotonic seconds.
         choice: Who decides for it; None before its welcome.
         generation: Of the groups, when that was last looked up.
+        detail: How much it is asked to report.
         decider: The policy at work; None once it has failed.
         problem: Why it has none.
         sequence: The newest report's.
@@ -71,6 +72,7 @@ class Session:
     reported_at: float
     choice: PolicyChoice | None = None
     generation: int = -1
+    detail: pb.Detail = pb.DETAIL_WINDOW
     decider: Decider | None = None
     problem: str = ""
     sequence: int = 0
@@ -82,6 +84,10 @@ class Session:
     recorded: bool | None = None
     version: int = 0
     end: RefusalError | None = None
+
+    def has_lease(self, now: float) -> bool:
+        """Whether its newest lease still runs, at that time in monotonic seconds."""
+        return self.lease is not None and now < self.leased_at + self.lease.lease_ms / 1e3
 
 
 @dataclass(slots=True)

@@ -139,7 +139,7 @@ class CanarySettings(CanaryParameters):
 class GroupSettings(Parameters):
     """Section `default`, and each entry of `groups`: how engines of one group are steered."""
 
-    policy: str = parameter("memory+sla", help="what decides, as `name` or `name:key=value`")
+    policy: str = parameter("predictive", help="what decides, as `name` or `name:key=value`")
     itl_slo_ms: float | None = parameter(
         None, above=0, help="inter-token target of engines that state none"
     )

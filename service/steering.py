@@ -18,7 +18,7 @@ from batchpilot.service.canaries import Canaries
 from batchpilot.service.decider import Decider, ShieldedDecision
 from batchpilot.service.groups import Groups, PolicyChoice
 from batchpilot.service.meters import Meters
-from batchpilot.service.policy_source import PolicySource
+from batchpilot.service.policy_source import PolicySource, with_its_fix
 from batchpilot.service.recorder import Recorder
 from batchpilot.service.sessions import Session
 from batchpilot.service.wire import latency_targets
@@ -55,27 +55,20 @@ class Steering:
         choice = self._choose(session)
         session.choice = choice
         session.targets = _targets(session, choice)
-        detail = pb.DETAIL_WINDOW
+        session.detail = pb.DETAIL_WINDOW
+        shared = _shared_settings(session, choice)
         try:
-            shared = _shared_settings(session, choice)
             built = self._source.build(choice.policy, session.key.group, shared)
             session.decider = Decider(built.policy, session.facts, _bounds(session, choice))
             session.problem = ""
             if built.needs_steps:
-                detail = pb.DETAIL_STEPS
+                session.detail = pb.DETAIL_STEPS
         except ConfigError as error:
-            self._give_up(session, str(error))
+            self._give_up(session, with_its_fix(error, session.key.group))
         except Exception:
             logger.exception("policy %s cannot be built for %s", choice.policy, session.key)
             self._give_up(session, "it cannot be built; see the service's log")
-        return pb.Welcome(
-            session_id=session.session_id,
-            report_interval_ms=choice.settings.report_interval_ms,
-            detail=detail,
-            policy=choice.policy,
-            itl_slo_ms=session.targets.itl_slo_ms,
-            ttft_slo_ms=session.targets.ttft_slo_ms,
-        )
+        return welcome_message(session, choice)
 
     def answer(
         self, session: Session, report: pb.Report, *, always: bool = False
@@ -101,7 +94,7 @@ class Steering:
             logger.exception("policy %s fails for %s", choice.policy, session.key)
             self._give_up(session, "it raised an exception; see the service's log")
             return None
-        session.desired = decided.decision.limits
+        session.desired = decided.decision.wanted
         session.clamp = decided.clamp
         lease = None
         if always or not _goes_without_saying(session, report, choice, decided.limits):
@@ -126,6 +119,19 @@ class Steering:
         if self._canaries is not None:
             self._canaries.failed(session)
         logger.error("%s goes on with its local policy: %s", session.key, problem)
+
+
+def welcome_message(session: Session, choice: PolicyChoice) -> pb.Welcome:
+    """How an engine is to go on, and what is wrong with its policy."""
+    return pb.Welcome(
+        session_id=session.session_id,
+        report_interval_ms=choice.settings.report_interval_ms,
+        detail=session.detail,
+        policy=choice.policy,
+        itl_slo_ms=session.targets.itl_slo_ms,
+        ttft_slo_ms=session.targets.ttft_slo_ms,
+        problem=session.problem,
+    )
 
 
 def _goes_without_saying(

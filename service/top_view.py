@@ -142,8 +142,11 @@ ORDERS: dict[str, Callable[[Row], Any]] = {
 def view(rows: Iterable[Row], *, target: str, state: str, order: str = "name") -> Group:
     """The whole screen."""
     rows = sorted(rows, key=ORDERS[order])
-    running, waiting = sum(row.running for row in rows), sum(row.waiting for row in rows)
-    speed = sum(row.tokens_per_second for row in rows if row.report_seconds < STALE_SECONDS)
+    fresh = [
+        row for row in rows if row.report_seconds < STALE_SECONDS
+    ]  # idle engines do not report
+    running, waiting = sum(row.running for row in fresh), sum(row.waiting for row in fresh)
+    speed = sum(row.tokens_per_second for row in fresh)
     style = "green" if state == "connected" else "bold red"
     head = Text.assemble(
         ("batchpilot top", "bold"),

@@ -22,7 +22,7 @@ from batchpilot.service.meters import Meters
 from batchpilot.service.refusals import RefusalError, answering
 from batchpilot.service.sessions import Session, SessionTable
 from batchpilot.service.status import engine_status, matching, watch
-from batchpilot.service.steering import Steering
+from batchpilot.service.steering import Steering, welcome_message
 from batchpilot.service.validation import ReportError, check_hello, check_id, check_report
 from batchpilot.service.wire import EngineKey, engine_key
 
@@ -208,9 +208,12 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
             self._accept(session, report)
             if steering.is_outdated(session):
                 await write(pb.TuneResponse(welcome=steering.welcome(session)))
+            works = session.decider is not None
             lease = steering.answer(session, report)
             if lease is not None:
                 await write(pb.TuneResponse(lease=lease))
+            elif works and session.decider is None and session.choice is not None:
+                await write(pb.TuneResponse(welcome=welcome_message(session, session.choice)))
 
     def _answer_once(
         self, caller: Caller, key: EngineKey, request: pb.GetLimitsRequest

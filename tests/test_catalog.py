@@ -37,6 +37,7 @@ def test_shared_targets_go_only_to_policies_that_take_them_and_a_spec_wins_over_
         ("static:64", "'64' is not key=value"),
         ("static:max_num_seqs=", "'max_num_seqs=' is not key=value"),
         ("static:max_num_seqs=1:max_num_seqs=2", "max_num_seqs is given twice"),
+        ("static:max_num_seqs=1,max_num_batched_tokens=2", "write ':' between parameters, not ','"),
         ("static:seqs=64", "policy 'static': unknown key 'seqs'; allowed: max_num_seqs"),
         ("memory:memory_factor=2", "policy 'memory': memory_factor=2.0 must be at most 1"),
         ("sla", "policy 'sla': itl_slo_ms is required"),

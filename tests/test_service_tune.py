@@ -275,6 +275,8 @@ def test_a_policy_that_raises_leaves_its_engine_alone_and_no_other(raising):
             await two.begin(hello(engine="node-2:1"))
             assert (await one.ask(1)).limits.max_num_seqs == 9
             await one.send(report=report(2, window={"waiting": 13}))
+            told = await one.call.read()
+            assert told.welcome.problem == "it raised an exception; see the service's log"
             await one.send(report=report(3))  # still taken in, still without an answer
             while service.sessions.get(engine_key(hello().id)).sequence < 3:
                 await asyncio.sleep(0.01)
@@ -295,12 +297,15 @@ def test_an_engine_without_the_target_its_policy_needs_gets_no_lease_and_is_told
     async def test():
         async with serving(default={"policy": "sla"}) as service, channel_to(service) as channel:
             without, with_target = Engine(channel), Engine(channel)
-            await without.begin()
+            welcome = await without.begin()
             await with_target.begin(hello(engine="node-2:1", itl_slo_ms=50.0))
             assert (await with_target.ask(1)).source == "sla"
             stub = tuner_pb2_grpc.TunerServiceStub(channel)
             engines = (await stub.ListEngines(pb.ListEnginesRequest())).engines
-            assert engines[0].problem == "policy 'sla': itl_slo_ms is required"
+            problem = (
+                "policy 'sla': itl_slo_ms is required: set it for group chat or in its engines"
+            )
+            assert engines[0].problem == welcome.problem == problem
 
     run(test)
 

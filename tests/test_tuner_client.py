@@ -242,6 +242,17 @@ def test_a_silent_service_is_given_up_after_the_longest_lease():
         assert engine.client.stats.leases == {}
 
 
+def test_a_service_whose_policy_has_failed_is_given_up_with_its_own_words(caplog):
+    welcome = wire.Welcome(report_interval_ms=20, problem="policy 'sla': itl_slo_ms is required")
+    with (
+        Server(Double(answer=lambda report: (), welcome=welcome)) as server,
+        caplog.at_level("WARNING", "vllm.batchpilot"),
+        Engine(server.target, service_max_lease_seconds=0.2) as engine,
+    ):
+        assert engine.steps_until(lambda _: engine.client.stats.failures["SILENT"] >= 1)
+    assert "the service says: policy 'sla': itl_slo_ms is required" in caplog.text
+
+
 def test_a_service_that_only_takes_reports_is_left_ever_more_slowly():
     with (
         Server(Double(answer=lambda report: ())) as server,

@@ -232,20 +232,22 @@ class TuneRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("session_id", "report_interval_ms", "detail", "policy", "itl_slo_ms", "ttft_slo_ms")
+    __slots__ = ("session_id", "report_interval_ms", "detail", "policy", "itl_slo_ms", "ttft_slo_ms", "problem")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REPORT_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     ITL_SLO_MS_FIELD_NUMBER: _ClassVar[int]
     TTFT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     report_interval_ms: int
     detail: Detail
     policy: str
     itl_slo_ms: float
     ttft_slo_ms: float
-    def __init__(self, session_id: _Optional[str] = ..., report_interval_ms: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., policy: _Optional[str] = ..., itl_slo_ms: _Optional[float] = ..., ttft_slo_ms: _Optional[float] = ...) -> None: ...
+    problem: str
+    def __init__(self, session_id: _Optional[str] = ..., report_interval_ms: _Optional[int] = ..., detail: _Optional[_Union[Detail, str]] = ..., policy: _Optional[str] = ..., itl_slo_ms: _Optional[float] = ..., ttft_slo_ms: _Optional[float] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class LimitsLease(_message.Message):
     __slots__ = ("sequence", "limits", "lease_ms", "source", "reason", "policy")
