@@ -85,8 +85,12 @@ class Decider:
         """Decides after every step, as in the engine: some policies count time or decisions.
 
         The state after each step but the last is put together from what the step tells; queue and
-        sequences are those of the report's end, the only ones known.
+        sequences are those of the report's end, the only ones known. Steps before those, which only
+        the sums tell of, are shown as mean ones that teach no step time.
         """
+        for step, count in mean_steps(rest_of_window(report)):
+            for _ in range(count):
+                self._policy.observe(step._replace(regular=False))
         steps = [step_record(message) for message in report.steps]
         clock = last.clock_seconds - sum(step.seconds for step in steps)
         for step in steps[:-1]:
@@ -133,6 +137,36 @@ def _for_a_lease(decision: Decision, running: int) -> BatchLimits:
         return decision.wanted
     seqs = min(round(SHUT_SHARE * running), limits.max_num_seqs)
     return BatchLimits(seqs, limits.max_num_batched_tokens)
+
+
+def rest_of_window(report: pb.Report) -> pb.TelemetryWindow:
+    """What a report's sums tell of beside its steps: a hook leaves out the oldest of very many."""
+    rest, steps = pb.TelemetryWindow(), report.steps
+    if report.window.steps <= len(steps):
+        return rest
+    rest.CopyFrom(report.window)
+    bindings = [step.binding for step in steps]
+    finished = [request for step in steps for request in step.finished]
+    arrived = [tokens for step in steps for tokens in step.arrived_prompt_tokens]
+    for name, told in (
+        ("steps", len(steps)),
+        ("busy_seconds", sum(step.seconds for step in steps)),
+        ("decode_tokens", sum(step.decode_seqs for step in steps)),
+        ("prefill_tokens", sum(step.prefill_tokens for step in steps)),
+        ("running_seconds", sum(step.running * step.seconds for step in steps)),
+        ("kv_token_seconds", sum(step.kv_tokens * step.seconds for step in steps)),
+        ("preemptions", sum(step.preemptions for step in steps)),
+        ("recomputed_tokens", sum(step.recomputed_tokens for step in steps)),
+        ("arrived", len(arrived)),
+        ("arrived_prompt_tokens", sum(arrived)),
+        ("finished", len(finished)),
+        ("finished_output_tokens", sum(request.output_tokens for request in finished)),
+        ("kv_bound_steps", bindings.count(pb.BINDING_KV_CACHE)),
+        ("seqs_bound_steps", bindings.count(pb.BINDING_MAX_NUM_SEQS)),
+        ("tokens_bound_steps", bindings.count(pb.BINDING_TOKEN_BUDGET)),
+    ):
+        setattr(rest, name, max(0, getattr(rest, name) - told))
+    return rest
 
 
 def mean_steps(window: pb.TelemetryWindow) -> list[tuple[StepRecord, int]]:

@@ -109,7 +109,8 @@ def test_steps_are_shown_as_they_were_and_a_decision_is_asked_after_each():
         ),
     ]
     running = pb.SequenceColumns(kv_tokens=[9], output_tokens=[4], prefill_tokens_left=[0])
-    Decider(policy, FACTS, SafetyBounds()).decide(report(1, steps=steps, running=running))
+    message = report(1, window={"steps": 2}, steps=steps, running=running)
+    Decider(policy, FACTS, SafetyBounds()).decide(message)
     assert policy.steps == [step_record(message) for message in steps]
     assert (policy.steps[0].prefill_squares, policy.steps[0].cached_tokens) == (4096, 128)
     assert policy.steps[1].finished == (FinishedRequest(10, 20, True),)
@@ -127,6 +128,38 @@ def test_what_a_policy_wants_is_shielded_by_the_narrower_bounds():
     assert decided.decision.limits == BatchLimits(400, 10)
     assert decided.limits == BatchLimits(100, 64)
     assert decided.clamp is Clamp.UPPER_BOUND
+
+
+def test_steps_that_only_the_sums_tell_of_come_first_and_teach_no_step_time():
+    """As after an outage, when a hook has more steps to tell than it may."""
+    policy = Recording()
+    told = pb.StepRecord(
+        seconds=0.07,
+        running=50,
+        decode_seqs=50,
+        prefill_tokens=100,
+        kv_tokens=8000,
+        finished=[pb.FinishedRequest(prompt_tokens=10, output_tokens=20, completed=True)],
+        arrived_prompt_tokens=[300, 400],
+        binding=pb.BINDING_MAX_NUM_SEQS,
+        regular=True,
+    )
+    window = {
+        "seqs_bound_steps": 3,
+        "arrived": 4,
+        "arrived_prompt_tokens": 1000,
+        "finished": 2,
+        "finished_output_tokens": 300,
+    }
+    Decider(policy, FACTS, SafetyBounds()).decide(report(1, window=window, steps=[told]))
+    *rest, last = policy.steps
+    assert last == step_record(told)
+    assert len(rest) == 9
+    assert not any(step.regular for step in rest)
+    assert sum(step.seconds for step in rest) == pytest.approx(0.25 - 0.07)
+    assert sum(step.binding is Binding.MAX_NUM_SEQS for step in rest) == 2
+    assert [request.output_tokens for step in rest for request in step.finished] == [280]
+    assert [tokens for step in rest for tokens in step.arrived] == [150, 150]
 
 
 @pytest.mark.parametrize(
