@@ -65,7 +65,7 @@ class MemoryPolicy:
         b = floor(total_blocks * memory_factor / blocks_per_seq),  N <= b <= B_max
 
     and the last b until then. No length has to be known or guessed. Its authors size only while
-    requests wait, too: at no other time does it matter what fits, but to who is told it in advance.
+    requests wait, too; but who is told in advance, as an engine by a service, must know by then.
 
     Regimes: young sequences hold little, so b starts high and falls as they grow; in steady state
     it hovers where the cache is `memory_factor` full.

@@ -97,9 +97,7 @@ class PolicySource:
                 where = name if name == "default" else f"group {name}"
                 raise ConfigError(f"{where}: {error}") from None
 
-    async def verify(
-        self, text: str, group: str, every: Sequence[Targets] = (TRIAL_TARGETS,)
-    ) -> None:
+    async def verify(self, text: str, group: str, every: Sequence[Targets]) -> None:
         """Tries a policy that somebody asks for over the network.
 
         Args:

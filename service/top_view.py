@@ -142,9 +142,8 @@ ORDERS: dict[str, Callable[[Row], Any]] = {
 def view(rows: Iterable[Row], *, target: str, state: str, order: str = "name") -> Group:
     """The whole screen."""
     rows = sorted(rows, key=ORDERS[order])
-    fresh = [
-        row for row in rows if row.report_seconds < STALE_SECONDS
-    ]  # idle engines do not report
+    # An idle engine does not report: its row stays that of its last steps.
+    fresh = [row for row in rows if row.report_seconds < STALE_SECONDS]
     running, waiting = sum(row.running for row in fresh), sum(row.waiting for row in fresh)
     speed = sum(row.tokens_per_second for row in fresh)
     style = "green" if state == "connected" else "bold red"
