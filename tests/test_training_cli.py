@@ -163,9 +163,9 @@ def test_a_signal_to_the_whole_group_saves_too(tmp_path: Path, config_file: Path
         start_new_session=True,
     ) as process:
         try:
-            assert until((out / "episodes.csv").exists, 120)
+            assert until((out / "episodes.csv").exists, 600)
             os.killpg(process.pid, signal.SIGTERM)
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=600)
         finally:
             process.kill()
     assert process.returncode == EXIT_INTERRUPTED, errors
