@@ -10,6 +10,7 @@ is kept, as are all sums, to within rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from batchpilot.agents.limits import (
@@ -23,6 +24,7 @@ from batchpilot.agents.limits import (
 )
 from batchpilot.agents.policy import LimitPolicy
 from batchpilot.agents.shield import Clamp, SafetyBounds, shield_ahead
+from batchpilot.agents.telemetry import WindowBuilder
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.wire import BINDINGS, sequences, step_record
 
@@ -30,6 +32,24 @@ from batchpilot.service.wire import BINDINGS, sequences, step_record
 MOST_SHOWN = 1000
 #: Share of what runs that is leased where a policy lets nobody in and cannot say how many it wants.
 SHUT_SHARE = 0.95
+#: The sums of a window that `mean_steps` makes steps of.
+_SHOWN_SUMS = (
+    "steps",
+    "busy_seconds",
+    "decode_tokens",
+    "prefill_tokens",
+    "running_seconds",
+    "kv_token_seconds",
+    "preemptions",
+    "recomputed_tokens",
+    "arrived",
+    "arrived_prompt_tokens",
+    "finished",
+    "finished_output_tokens",
+    "kv_bound_steps",
+    "seqs_bound_steps",
+    "tokens_bound_steps",
+)
 
 
 class ShieldedDecision(NamedTuple):
@@ -88,10 +108,10 @@ class Decider:
         sequences are those of the report's end, the only ones known. Steps before those, which only
         the sums tell of, are shown as mean ones that teach no step time.
         """
-        for step, count in mean_steps(rest_of_window(report)):
+        steps = [step_record(message) for message in report.steps]
+        for step, count in mean_steps(rest_of_window(report.window, steps, last)):
             for _ in range(count):
                 self._policy.observe(step._replace(regular=False))
-        steps = [step_record(message) for message in report.steps]
         clock = last.clock_seconds - sum(step.seconds for step in steps)
         for step in steps[:-1]:
             clock += step.seconds
@@ -139,33 +159,19 @@ def _for_a_lease(decision: Decision, running: int) -> BatchLimits:
     return BatchLimits(seqs, limits.max_num_batched_tokens)
 
 
-def rest_of_window(report: pb.Report) -> pb.TelemetryWindow:
+def rest_of_window(
+    window: pb.TelemetryWindow, steps: Sequence[StepRecord], last: EngineSnapshot
+) -> pb.TelemetryWindow:
     """What a report's sums tell of beside its steps: a hook leaves out the oldest of very many."""
-    rest, steps = pb.TelemetryWindow(), report.steps
-    if report.window.steps <= len(steps):
+    rest = pb.TelemetryWindow()
+    if window.steps <= len(steps):
         return rest
-    rest.CopyFrom(report.window)
-    bindings = [step.binding for step in steps]
-    finished = [request for step in steps for request in step.finished]
-    arrived = [tokens for step in steps for tokens in step.arrived_prompt_tokens]
-    for name, told in (
-        ("steps", len(steps)),
-        ("busy_seconds", sum(step.seconds for step in steps)),
-        ("decode_tokens", sum(step.decode_seqs for step in steps)),
-        ("prefill_tokens", sum(step.prefill_tokens for step in steps)),
-        ("running_seconds", sum(step.running * step.seconds for step in steps)),
-        ("kv_token_seconds", sum(step.kv_tokens * step.seconds for step in steps)),
-        ("preemptions", sum(step.preemptions for step in steps)),
-        ("recomputed_tokens", sum(step.recomputed_tokens for step in steps)),
-        ("arrived", len(arrived)),
-        ("arrived_prompt_tokens", sum(arrived)),
-        ("finished", len(finished)),
-        ("finished_output_tokens", sum(request.output_tokens for request in finished)),
-        ("kv_bound_steps", bindings.count(pb.BINDING_KV_CACHE)),
-        ("seqs_bound_steps", bindings.count(pb.BINDING_MAX_NUM_SEQS)),
-        ("tokens_bound_steps", bindings.count(pb.BINDING_TOKEN_BUDGET)),
-    ):
-        setattr(rest, name, max(0, getattr(rest, name) - told))
+    builder = WindowBuilder()
+    for step in steps:
+        builder.add(step)
+    told = builder.close(last, seconds=0.0, limits=last.engine.startup_limits)
+    for name in _SHOWN_SUMS:
+        setattr(rest, name, max(0, getattr(window, name) - getattr(told, name)))
     return rest
 
 
