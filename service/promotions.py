@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -41,11 +40,11 @@ class Promotions:
         """Takes up what the state file says.
 
         Raises:
-            ConfigError: It cannot be read or kept; the promotions in force stay.
+            ConfigError: It cannot be read; the promotions in force stay.
         """
         if self._path is not None:
-            if not os.access(self._path.parent, os.W_OK):
-                raise ConfigError(f"{self._path}: its folder is not there or cannot be written")
+            if not self._path.parent.is_dir():
+                raise ConfigError(f"{self._path}: its folder is not there")
             self._groups.set_promotions(_current(read_promotions(self._path)))
 
     def check_group(self, group: str) -> str:

@@ -32,6 +32,7 @@ from batchpilot.service.meters import Meters
 from batchpilot.service.metrics import ENGINE_GAUGES, PREFIX
 from batchpilot.service.reload import Reloader, WatchedFile
 from batchpilot.service.sessions import SessionTable
+from batchpilot.service.wire import engine_key
 
 STATIC = {"policy": "static:max_num_seqs=200"}
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -261,6 +262,11 @@ def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
             assert page["bound"] == {(("binding", "max_num_seqs"), *me): 1}
             assert 0 <= page["report_age_seconds"][me] < PATIENCE_SECONDS
             assert page["has_lease"].get(me, 1) == 1  # a stall may outlast it
+            session = service.sessions.get(engine_key(hello().id))
+            session.leased_at -= 600  # as of an idle engine
+            assert me not in (await asyncio.to_thread(scrape, service)).get("has_lease", {})
+            session.problem = "it raised"
+            assert (await asyncio.to_thread(scrape, service))["has_lease"][me] == 0
             assert page["sessions"] == {(("group", "chat"),): 2}
             assert page["engines_without_series"] == {(): 1}
             assert page["canary_problem"] == {(("group", "chat"),): 1}

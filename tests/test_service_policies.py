@@ -197,7 +197,7 @@ def test_a_promotion_that_cannot_be_kept_is_not_made(tmp_path):
     run(test)
 
 
-def test_a_state_file_that_could_never_be_written_is_said_at_the_start(tmp_path):
+def test_a_state_file_whose_folder_is_not_there_is_said_at_the_start(tmp_path):
     async def test():
         storage = {"state": str(tmp_path / "nowhere" / "state.json")}
         with pytest.raises(ConfigError, match="nowhere/state.json: its folder is not there"):
