@@ -119,8 +119,8 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
             await self._verify(request.policy, group)
         self._promotions.hold(group, request.policy, seconds)
         if bool(seconds) != was_held:
-            what = f"holds group {group} at" if seconds else f"lets go of group {group}:"
-            logger.info("%s %s %s", caller, what, request.policy)
+            at = f"holds group {group} at {request.policy}"
+            logger.info("%s %s", caller, at if seconds else f"lets go of group {group}")
 
     async def RollBackPolicy(
         self, request: pb.RollBackPolicyRequest, context: Any

@@ -18,7 +18,6 @@ import time
 import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -28,10 +27,15 @@ from rich.live import Live
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1.tuner_pb2_grpc import TunerServiceStub
+from batchpilot.service.connection import (
+    ANSWER_SECONDS,
+    add_connection_arguments,
+    connection,
+    said,
+)
 from batchpilot.service.top_view import ORDERS, Board, view
 
 REFRESHES_PER_SECOND = 4
-FIRST_MESSAGE_SECONDS = 10.0
 LONGEST_RETRY_SECONDS = 5.0
 EXAMPLES = """\
 examples:
@@ -42,16 +46,12 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("--target", default="localhost:50061", metavar="HOST:PORT")
+    add_connection_arguments(parser)
     parser.add_argument("--group", default="", help="only this group's engines")
     parser.add_argument("--engine", default="", help="only this engine of the group")
     parser.add_argument("--interval", type=float, default=0.5, help="seconds between messages")
     parser.add_argument("--once", action="store_true", help="print the engines once and end")
     parser.add_argument("--json", action="store_true", help="JSON, a line for each message")
-    parser.add_argument("--ca-file", type=Path, help="PEM certificates to check the service's by")
-    parser.add_argument("--cert-file", type=Path, help="own PEM certificate, for mutual TLS")
-    parser.add_argument("--key-file", type=Path, help="its key")
-    parser.add_argument("--token-file", type=Path, help="file that holds a bearer token")
     parser.epilog = EXAMPLES
 
 
@@ -63,8 +63,6 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.interval <= 0:
         raise ConfigError(f"--interval={args.interval} must be greater than 0")
-    if (args.cert_file is None) != (args.key_file is None):
-        raise ConfigError("--cert-file and --key-file go together: give both")
     watcher = Watcher(args)
     if args.once:
         return _once(watcher, args)
@@ -90,7 +88,8 @@ class Watcher:
         self.board = Board()
         self.changed = threading.Event()
         self._args = args
-        self._open_channel().close()
+        with connection(args):
+            pass  # what cannot work is said at once
         self._closing = threading.Event()
         self._call: Any = None
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -106,16 +105,6 @@ class Watcher:
         if call is not None:
             call.cancel()
         self._thread.join(timeout=2)
-
-    def _open_channel(self) -> Any:
-        args = self._args
-        # Files are read again for every stream: certificates and tokens are replaced now and then.
-        self._metadata = _token(args.token_file)
-        if args.ca_file is None:
-            return grpc.insecure_channel(args.target)
-        key, certificate = _content(args.key_file), _content(args.cert_file)
-        credentials = grpc.ssl_channel_credentials(_content(args.ca_file), key, certificate)
-        return grpc.secure_channel(args.target, credentials)
 
     def _run(self) -> None:
         retry = 0.5
@@ -139,11 +128,9 @@ class Watcher:
             grpc.RpcError: The service does not answer or refuses.
         """
         args = self._args
-        with self._open_channel() as channel:
+        with connection(args) as (channel, metadata):
             answer = TunerServiceStub(channel).ListEngines(
-                pb.ListEnginesRequest(group=args.group),
-                metadata=self._metadata,
-                timeout=FIRST_MESSAGE_SECONDS,
+                pb.ListEnginesRequest(group=args.group), metadata=metadata, timeout=ANSWER_SECONDS
             )
         engines = [e for e in answer.engines if args.engine in ("", e.id.engine)]
         self.board.take(pb.WatchEngineResponse(engines=engines))
@@ -155,10 +142,8 @@ class Watcher:
         request = pb.WatchEngineRequest(
             group=args.group, engine=args.engine, interval_ms=max(1, round(1e3 * args.interval))
         )
-        with self._open_channel() as channel:
-            call = self._call = TunerServiceStub(channel).WatchEngine(
-                request, metadata=self._metadata
-            )
+        with connection(args) as (channel, metadata):
+            call = self._call = TunerServiceStub(channel).WatchEngine(request, metadata=metadata)
             for response in call:
                 if first:
                     self.board.restart()
@@ -236,22 +221,3 @@ def _keys() -> Iterator[Any]:
 def _no_key(seconds: float) -> str:
     time.sleep(seconds)
     return ""
-
-
-def said(error: grpc.RpcError) -> str:
-    """A failed call in one line."""
-    return f"{error.code().name}: {error.details()}"
-
-
-def _token(path: Path | None) -> tuple[tuple[str, str], ...]:
-    content = _content(path)
-    return () if content is None else (("authorization", f"Bearer {content.decode().strip()}"),)
-
-
-def _content(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None

@@ -54,6 +54,11 @@ COMMANDS = {
         "service",
         "watch the engines of a tuning service live",
     ),
+    "groups": Command(
+        "batchpilot.service.groups_command",
+        "service",
+        "show and change what decides for the groups of a running service",
+    ),
     "train": Command(
         "batchpilot.agents.training.cli",
         "train",
