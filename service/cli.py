@@ -18,11 +18,13 @@ from typing import Any
 from batchpilot.service.logs import set_up_logs
 from batchpilot.service.server import Service
 from batchpilot.service.settings import ServiceSettings, read_settings
+from batchpilot.service.settings_text import settings_text
 
 EXAMPLES = """\
 examples:
   batchpilot serve
   batchpilot serve --policy memory-peak --metrics 127.0.0.1:9464
+  batchpilot serve --print-settings > service.yaml    # every key, its default and what it does
   batchpilot serve --config service.yaml"""
 
 
@@ -39,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reflection", action="store_true", default=None, help="(server.reflection)"
     )
     parser.add_argument("--json-logs", action="store_true", default=None, help="(server.json_logs)")
+    parser.add_argument(
+        "--print-settings", action="store_true", help="print a file of all settings and end"
+    )
     parser.epilog = EXAMPLES
 
 
@@ -48,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: A setting that cannot be used; nothing has been opened.
     """
+    if args.print_settings:
+        print(settings_text(), end="")
+        return 0
     settings = with_options(read_settings(args.config), args)
     set_up_logs(as_json=settings.server.json_logs)
     with asyncio.Runner(loop_factory=fast_loop()) as runner:

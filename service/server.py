@@ -77,9 +77,9 @@ class Service:
         """Puts the parts together; opens nothing yet."""
         check_exposure(settings)
         self._source = PolicySource(_path(settings.storage.registry))
-        self._source.check_groups(settings)
         self._settings = settings
         self._config = config
+        self._check_policies(settings)
         self._reread = reread or partial(read_settings, config)
         self.address = Address.parse(settings.server.bind, where="bind")
         self.meters = Meters()
@@ -202,8 +202,23 @@ class Service:
             raise ConfigError(f"{self._config}: empty")
         read = self._reread()
         self._source.forget_networks()
-        self._source.check_groups(read)
+        self._check_policies(read)
         self.groups.configure(read.default, read.groups)
+        later = self._settings.needing_a_restart(read)
+        if later:
+            logger.warning("%s: only a restart changes %s", self._config, ", ".join(later))
+
+    def _check_policies(self, settings: ServiceSettings) -> None:
+        """Tries every policy of the settings.
+
+        Raises:
+            ConfigError: Naming the file, where there is one, and the group.
+        """
+        try:
+            self._source.check_groups(settings)
+        except ConfigError as error:
+            where = "" if self._config is None else f"{self._config}: "
+            raise ConfigError(f"{where}{error}") from None
 
     def _load_access(self) -> None:
         self._gate.access = read_access(_path(self._settings.access.file))

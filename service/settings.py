@@ -187,8 +187,18 @@ class ServiceSettings:
     default: GroupSettings = field(default_factory=GroupSettings)
     groups: Mapping[str, GroupSettings] = field(default_factory=dict)
 
+    def needing_a_restart(self, newer: ServiceSettings) -> list[str]:
+        """What differs from newer settings and is only read at start, as `section.key`."""
+        return [
+            f"{section}.{key}"
+            for section, kind in SECTIONS.items()
+            for key in kind.names()
+            if getattr(getattr(self, section), key) != getattr(getattr(newer, section), key)
+        ]
 
-_SECTIONS: dict[str, type[Parameters]] = {
+
+#: The sections that are only read at start, by name.
+SECTIONS: dict[str, type[Parameters]] = {
     "server": ServerSettings,
     "limits": LimitSettings,
     "tls": TlsSettings,
@@ -197,6 +207,8 @@ _SECTIONS: dict[str, type[Parameters]] = {
     "storage": StorageSettings,
     "canary": CanarySettings,
 }
+#: A section's key that no file may set.
+NO_SETTING = ("canary", "share")
 
 
 def read_settings(path: Path | None) -> ServiceSettings:
@@ -263,7 +275,7 @@ def parse_settings(content: Mapping[str, Any], *, where: str) -> ServiceSettings
         raise ConfigError(f"{where}: canary: share is given with each promotion, not here")
     sections: dict[str, Any] = {
         name: kind.from_mapping(given[name], where=f"{where}: {name}")
-        for name, kind in _SECTIONS.items()
+        for name, kind in SECTIONS.items()
     }
     shared, groups = given["default"], given["groups"]
     return ServiceSettings(

@@ -108,6 +108,45 @@ def test_a_changed_file_changes_policies_without_dropping_a_stream(tmp_path):
     run(test)
 
 
+def test_a_changed_setting_that_is_only_read_at_start_is_named(tmp_path, caplog):
+    path = tmp_path / "service.yaml"
+    path.write_text("default: {policy: memory}\n")
+
+    async def test():
+        async with serving(path, server={"bind": "127.0.0.1:0"}) as service:
+            path.write_text(
+                "server: {bind: '127.0.0.1:0', drain_seconds: 1}\n"
+                "limits: {max_sessions: 7, max_watchers: 64}\ndefault: {policy: memory-peak}\n"
+            )
+            service.reloader.now()
+            while not service.meters.reloads["ok"]:
+                await asyncio.sleep(0.01)
+            assert service.groups.settings("any").policy == "memory-peak"
+
+    with caplog.at_level("WARNING", "batchpilot.service"):
+        run(test)
+    (record,) = caplog.records
+    changed = "server.drain_seconds, limits.max_sessions"
+    assert record.getMessage() == f"{path}: only a restart changes {changed}"
+
+
+def test_a_file_that_cannot_be_used_is_named_with_what_is_wrong_in_it(tmp_path, caplog):
+    path = tmp_path / "service.yaml"
+
+    async def test():
+        async with serving(path) as service:
+            path.write_text("default: {policy: clever}\n")
+            service.reloader.now()
+            while not service.meters.reloads["failed"]:
+                await asyncio.sleep(0.01)
+
+    with caplog.at_level("ERROR", "batchpilot.service"):
+        run(test)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith(f"what was read before stays in force: {path}: default: unknown policy")
+
+
 def test_a_fault_in_reading_a_file_is_logged_and_the_next_change_is_taken_up(tmp_path, caplog):
     path, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
     faults, read = [ZeroDivisionError("never thought of")], []

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from batchpilot.__main__ import main
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.service.access import (
     AccessList,
@@ -19,7 +20,14 @@ from batchpilot.service.access import (
 from batchpilot.service.addresses import Address
 from batchpilot.service.policy_source import PolicySource
 from batchpilot.service.rates import ClientRates, TokenBucket
-from batchpilot.service.settings import load_yaml, parse_settings, read_settings
+from batchpilot.service.settings import (
+    SECTIONS,
+    GroupSettings,
+    ServiceSettings,
+    load_yaml,
+    parse_settings,
+    read_settings,
+)
 from batchpilot.service.wire import EngineKey
 
 
@@ -290,6 +298,17 @@ def test_the_example_file_can_be_used_as_it_is():
     PolicySource().check_groups(settings)
     assert settings.groups["chat"].policy == "memory+sla"
     assert settings.groups["batch"].lease_ms == settings.default.lease_ms == 2000
+
+
+def test_the_printed_file_has_every_key_and_is_every_default(tmp_path, capsys):
+    assert main(["serve", "--print-settings"]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "service.yaml"
+    path.write_text(printed)
+    assert read_settings(path) == ServiceSettings()
+    keys = {line.strip(" #").partition(":")[0] for line in printed.splitlines()}
+    assert {name for kind in SECTIONS.values() for name in kind.names()} - keys == {"share"}
+    assert set(GroupSettings.names()) <= keys
 
 
 def test_every_setting_explains_itself():
