@@ -4,6 +4,7 @@ import logging
 import socket
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from driving import build_core, drive, random_requests
@@ -16,6 +17,16 @@ from batchpilot.scheduler_hook import report
 from batchpilot.scheduler_hook.report import COUNTERS, GAUGES, Metrics, Reporter
 from batchpilot.scheduler_hook.settings import HookSettings
 from batchpilot.service.process_meter import free_port
+
+
+def test_the_docs_name_every_metric():
+    root = Path(__file__).parents[1]
+    docs = (root / "README.md").read_text() + (root / "docs" / "service.md").read_text()
+    gauges = {**GAUGES, **report.REMOTE_GAUGES, **report.SHADOW_GAUGES}
+    counters = {**COUNTERS, **report.REMOTE_COUNTERS, **report.SHADOW_COUNTERS}
+    names = [f"batchpilot_{name}" for name in gauges]
+    names += [f"batchpilot_{name}_total" for name in counters]
+    assert [name for name in names if name not in docs] == []
 
 
 @pytest.fixture
