@@ -130,7 +130,9 @@ def open_channel(settings: ServiceSettings, target: str) -> Any:
     import grpc
 
     if settings.service_ca_file is None:
-        return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        # What is not encrypted goes to the service alone, whatever the environment says of proxies.
+        options = (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0))
+        return grpc.insecure_channel(target, options=options)
     key = certificate = None
     if settings.service_cert_file and settings.service_key_file:
         certificate = _read("service_cert_file", settings.service_cert_file)

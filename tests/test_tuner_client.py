@@ -202,6 +202,14 @@ def test_a_dead_service_costs_one_line_and_leaves_the_local_policy(log):
     assert len([line for line in log() if "no tuning service" in line]) == 1
 
 
+def test_what_is_not_encrypted_goes_through_no_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with Server(Double()) as server, Engine(server.target) as engine:
+        assert engine.steps_until(is_remote)
+
+
 def test_the_next_replica_takes_over_when_one_dies():
     with (
         Server(Double()) as first,
