@@ -5,6 +5,8 @@ while an engine goes by its local policy it says nothing of either side.
 
 The hash of a server's name says which side it is on, so that in a small group one side may have
 nobody. That is a problem once it has lasted: where all servers try the policy, it is taken back.
+
+While a group is held at a policy its trial rests: nothing is counted, and nothing is judged.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Trial:
     """One group's canary.
 
     Attributes:
-        promotion: What the group was given when it began.
+        promotion: What the group was given when it began, without what it has been held at since.
         canary: Compares.
         all_try: Whether all servers here try the policy, or none; None while there are both.
         since: When that began, in monotonic seconds.
@@ -111,7 +113,7 @@ class Canaries:
 
     def observe(self, session: Session, report: pb.Report) -> None:
         """Takes in a report of an engine whose group tries a policy; does nothing for others."""
-        trial = self._trials.get(session.key.group)
+        trial = self._running(session.key.group)
         if trial is None or session.choice is None or report.source != Source.REMOTE:
             return
         engine = session.key.engine
@@ -120,16 +122,24 @@ class Canaries:
 
     def failed(self, session: Session) -> None:
         """A policy has failed for an engine."""
-        trial = self._trials.get(session.key.group)
+        trial = self._running(session.key.group)
         if trial is not None:
             trial.canary.failed(session.key.engine)
 
     def of_promotion(self, group: str) -> Trial | None:
         """The trial of the canary that a group has now; None before it has begun."""
-        trial = self._trials.get(group)
-        if trial is None or trial.promotion != self._promotions.in_force().get(group):
+        trial, promotion = self._trials.get(group), self._promotions.in_force().get(group)
+        if trial is None or promotion is None or trial.promotion != promotion.released():
             return None
         return trial
+
+    def _running(self, group: str) -> Trial | None:
+        """A group's trial; None while the group is held at a policy, which says nothing of it."""
+        trial = self._trials.get(group)
+        if trial is None:
+            return None
+        promotion = self._promotions.in_force().get(group)
+        return None if promotion is None or promotion.held_policy else trial
 
     def judge(self) -> None:
         """Begins and ends trials as the groups have changed, and acts on what each has shown."""
@@ -137,7 +147,8 @@ class Canaries:
             return
         self._follow(self._promotions.in_force())
         here = self._here()
-        for group, trial in list(self._trials.items()):
+        running = {group: trial for group in self._trials if (trial := self._running(group))}
+        for group, trial in running.items():
             trial.canary.forget_all_but(here[group])
             self._look_at_sides(group, trial, {engine for engine, _ in here[group]})
             verdict, reason = trial.verdict()
@@ -156,7 +167,7 @@ class Canaries:
             logger.warning("group %s: canary %s: %s", group, policy, trial.problem)
 
     def _follow(self, promotions: Mapping[str, Promotion]) -> None:
-        tried = {group: p for group, p in promotions.items() if p.canary_policy}
+        tried = {group: p.released() for group, p in promotions.items() if p.canary_policy}
         for group in set(self._trials) - set(tried):
             del self._trials[group]
         for group, promotion in tried.items():

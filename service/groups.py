@@ -6,6 +6,7 @@ the file has the last word, and the promotion is forgotten.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,8 +15,12 @@ from batchpilot.agents.canary import is_canary as is_on_trial
 from batchpilot.service.settings import GroupSettings
 from batchpilot.service.wire import EngineKey
 
+logger = logging.getLogger("batchpilot.service")
+
 #: Former policies remembered for each group.
 LONGEST_HISTORY = 20
+#: Whoever holds a group for longer promotes: an agent that steers it asks again every few seconds.
+LONGEST_HOLD_SECONDS = 3600.0
 
 
 class PolicyChoice(NamedTuple):
@@ -53,6 +58,18 @@ class Promotion:
     history: tuple[str, ...] = ()
     held_policy: str = ""
     held_until: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """All of it, for logs."""
+        parts = [self.policy]
+        if self.held_policy:
+            parts.append(f"held at {self.held_policy}")
+        if self.canary_policy:
+            parts.append(f"trying {self.canary_policy} on a share of {self.canary_share}")
+        if self.history:
+            parts.append(f"after {', '.join(self.history)}")
+        return ", ".join(parts)
 
     @property
     def in_force(self) -> str:
@@ -120,7 +137,15 @@ class Groups:
     def configure(self, default: GroupSettings, groups: Mapping[str, GroupSettings]) -> None:
         """Replaces the settings of all groups."""
         self._default, self._groups = default, dict(groups)
-        self.set_promotions(self._promotions)
+        before = self._promotions
+        self.set_promotions(before)
+        for group in before.keys() - self._promotions.keys():
+            logger.warning(
+                "group %s has policy %s of the settings; forgotten is %s",
+                group,
+                self.settings(group).policy,
+                before[group].text,
+            )
 
     def set_promotions(self, promotions: Mapping[str, Promotion]) -> None:
         """Replaces all promotions; drops those that newer settings have overruled."""

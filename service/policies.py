@@ -13,15 +13,13 @@ from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
 from batchpilot.service.access import Role
 from batchpilot.service.canaries import Canaries
 from batchpilot.service.gate import Gate
+from batchpilot.service.groups import LONGEST_HOLD_SECONDS
 from batchpilot.service.meters import Meters
 from batchpilot.service.policy_source import PolicySource
 from batchpilot.service.promotions import Promotions
 from batchpilot.service.refusals import RefusalError, answering
 
 logger = logging.getLogger("batchpilot.service")
-
-#: Whoever holds a group for longer promotes: an agent that steers it asks again every few seconds.
-LONGEST_HOLD_SECONDS = 3600.0
 
 _READERS = (Role.VIEWER, Role.ADMIN)
 
@@ -50,17 +48,37 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
         """Everything a group can be given."""
         async with answering("ListPolicies", context, self._meters):
             self._gate.admit(context, *_READERS)
-            used = self._promotions.policy(request.group) if request.group else ""
+            group = request.group
+            used = await asyncio.to_thread(self._used, group) if group else set()
             policies = await asyncio.to_thread(self._source.list)
             for info in policies:
-                info.in_use = info.policy in (used, used.partition(":")[0])
+                info.in_use = info.policy in used
             return pb.ListPoliciesResponse(policies=policies)
+
+    def _used(self, group: str) -> set[str]:
+        """What decides for a group's engines, and what some try, as policies are listed.
+
+        Raises:
+            RefusalError: NOT_FOUND.
+        """
+        described = self._promotions.describe(group)
+        texts = (described.held_policy or described.policy, described.canary_policy)
+        return {self._source.listed_as(text, group) for text in texts if text}
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Any) -> pb.GetPolicyResponse:
         """A group's policy."""
         async with answering("GetPolicy", context, self._meters):
             self._gate.admit(context, *_READERS)
             return pb.GetPolicyResponse(group_policy=self._describe(request.group))
+
+    async def ListGroups(
+        self, request: pb.ListGroupsRequest, context: Any
+    ) -> pb.ListGroupsResponse:
+        """Every group's policy."""
+        async with answering("ListGroups", context, self._meters):
+            self._gate.admit(context, *_READERS)
+            names = self._promotions.known_groups()
+            return pb.ListGroupsResponse(groups=[self._describe(name) for name in names])
 
     async def PromotePolicy(
         self, request: pb.PromotePolicyRequest, context: Any
@@ -79,14 +97,11 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
             if request.HasField("hold_seconds"):
                 await self._hold(request, group, share, caller.name)
                 return pb.PromotePolicyResponse(group_policy=self._describe(group))
-            await self._verify(request.policy, group)
-            self._promotions.promote(group, request.policy, share)
+            policy = request.policy.strip()
+            await self._verify(policy, group)
+            self._promotions.promote(group, policy, share)
             logger.info(
-                "%s gives group %s policy %s for a share of %g",
-                caller.name,
-                group,
-                request.policy,
-                share,
+                "%s gives group %s policy %s for a share of %s", caller.name, group, policy, share
             )
             return pb.PromotePolicyResponse(group_policy=self._describe(group))
 
@@ -107,20 +122,27 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
             RefusalError: INVALID_ARGUMENT: a time out of bounds, or a share. As `PromotePolicy`.
         """
         seconds = request.hold_seconds
-        if not 0 <= seconds <= LONGEST_HOLD_SECONDS or share != 1:
+        if not 0 <= seconds <= LONGEST_HOLD_SECONDS:
             raise RefusalError(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "invalid_message",
-                f"hold_seconds={seconds} must be 0 to {LONGEST_HOLD_SECONDS:g}, and without a "
-                f"canary_share: a group is held as a whole",
+                f"hold_seconds={seconds} must be 0 to {LONGEST_HOLD_SECONDS:g}",
             )
-        was_held = bool(self._promotions.describe(group).held_policy)
+        if share != 1:
+            raise RefusalError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "invalid_message",
+                f"hold_seconds={seconds} goes with no canary_share: a group is held as a whole",
+            )
+        policy = request.policy.strip()
         if seconds:
-            await self._verify(request.policy, group)
-        self._promotions.hold(group, request.policy, seconds)
-        if bool(seconds) != was_held:
-            at = f"holds group {group} at {request.policy}"
-            logger.info("%s %s", caller, at if seconds else f"lets go of group {group}")
+            await self._verify(policy, group)
+        before = self._promotions.describe(group).held_policy
+        self._promotions.hold(group, policy, seconds)
+        if seconds and policy != before:  # whoever steers asks again every few seconds
+            logger.info("%s holds group %s at %s for %g s", caller, group, policy, seconds)
+        elif before and not seconds:
+            logger.info("%s lets go of group %s, held at %s", caller, group, before)
 
     async def RollBackPolicy(
         self, request: pb.RollBackPolicyRequest, context: Any
@@ -129,8 +151,8 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
         async with answering("RollBackPolicy", context, self._meters):
             caller = self._gate.admit(context, Role.ADMIN)
             group = self._promotions.check_group(request.group)
-            self._promotions.roll_back(group)
-            logger.info("%s takes group %s back", caller.name, group)
+            ended = self._promotions.roll_back(group)
+            logger.info("%s takes group %s back from %s", caller.name, group, ended)
             return pb.RollBackPolicyResponse(group_policy=self._describe(group))
 
     def _describe(self, group: str) -> pb.GroupPolicy:

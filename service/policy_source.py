@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,6 +138,16 @@ class PolicySource:
             for version in self._registry.versions(name)
         ]
         return analytic + learned
+
+    def listed_as(self, text: str, group: str) -> str:
+        """What `list` calls a policy that a group has."""
+        spec = PolicySpec.parse(text)
+        if spec.name != LEARNED:
+            return spec.name
+        name, at, version = str(spec.parameters.get("artefact", "")).partition("@")
+        with suppress(ArtefactError):  # listed with what is wrong
+            version = version if at else self._registry.load_current(name, group).manifest.version
+        return f"{LEARNED}:{name}@{version}"
 
     def _build_learned(self, spec: PolicySpec, group: str, targets: Targets) -> LearnedPolicy:
         accepted = LearnedParameters.names()

@@ -53,13 +53,17 @@ class Promotions:
         Raises:
             RefusalError: NOT_FOUND.
         """
-        known = {*self._groups.names, *(session.key.group for session in self._sessions)}
+        known = self.known_groups()
         if group not in known:
-            listing = ", ".join(sorted(known)) or "none"
+            listing = ", ".join(map(repr, known)) or "none"
             raise RefusalError(
                 grpc.StatusCode.NOT_FOUND, "group", f"no group {group[:40]!r}; there are: {listing}"
             )
         return group
+
+    def known_groups(self) -> list[str]:
+        """The groups that settings, promotions or engines here name."""
+        return sorted({*self._groups.names, *(session.key.group for session in self._sessions)})
 
     def targets(self, group: str) -> list[Mapping[str, float | None]]:
         """The targets that a policy of the group must do with: one entry for all alike.
@@ -93,6 +97,7 @@ class Promotions:
             history=promotion.history,
             held_policy=promotion.held_policy,
             held_seconds_left=max(0.0, promotion.held_until - time.time()),
+            engines=sum(session.key.group == group for session in self._sessions),
         )
 
     def promote(self, group: str, policy: str, share: float) -> None:
@@ -131,13 +136,17 @@ class Promotions:
             if _is_over(promotion):
                 logger.info("group %s is no longer held at %s", group, promotion.held_policy)
 
-    def roll_back(self, group: str) -> None:
+    def roll_back(self, group: str) -> str:
         """Ends what holds a group, else its canary, else gives it the policy before.
+
+        Returns:
+            The policy that ends.
 
         Raises:
             RefusalError: FAILED_PRECONDITION: it had none. UNAVAILABLE: as `promote`.
         """
-        before = self._groups.promotion(group).rolled_back()
+        now = self._groups.promotion(group)
+        before = now.rolled_back()
         if before is None:
             raise RefusalError(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -145,6 +154,7 @@ class Promotions:
                 f"group {group} has had no other policy since its settings were last changed",
             )
         self._put(group, before)
+        return now.held_policy or now.canary_policy or now.policy
 
     def _put(self, group: str, promotion: Promotion) -> None:
         promotions = {**self._groups.promotions, group: promotion}

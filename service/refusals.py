@@ -18,6 +18,8 @@ from batchpilot.service.validation import ReportError
 
 logger = logging.getLogger("batchpilot.service")
 
+#: A status travels in headers, which are short.
+LONGEST_TEXT = 1000
 #: The reason of streams that end because the service does.
 STOPPING = "stopping"
 
@@ -32,7 +34,7 @@ class RefusalError(Exception):
 
     def __init__(self, code: grpc.StatusCode, reason: str, text: str) -> None:
         """Keeps what the caller and the metrics are told."""
-        super().__init__(text)
+        super().__init__(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ...")
         self.code = code
         self.reason = reason
 

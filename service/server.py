@@ -202,6 +202,7 @@ class Service:
             raise ConfigError(f"{self._config}: empty")
         read = self._reread()
         self._source.forget_networks()
+        check_exposure(read)  # what no restart would take is not taken now
         self._check_policies(read)
         self.groups.configure(read.default, read.groups)
         later = self._settings.needing_a_restart(read)

@@ -63,6 +63,7 @@ def test_a_group_is_promoted_and_taken_back_without_dropping_a_stream():
                 group="chat",
                 policy="static:max_num_seqs=90",
                 history=["static", "static:max_num_seqs=100"],
+                engines=1,
             )
             back = pb.RollBackPolicyRequest(group="chat")
             for expected in ("static:max_num_seqs=100", "static"):
@@ -77,7 +78,7 @@ def test_a_group_is_promoted_and_taken_back_without_dropping_a_stream():
 @pytest.mark.parametrize(
     ("request_", "code", "text"),
     [
-        (promotion("memory", group="nobody"), "NOT_FOUND", "no group 'nobody'; there are: chat"),
+        (promotion("memory", group="nobody"), "NOT_FOUND", "no group 'nobody'; there are: 'chat'"),
         (promotion("nonsense"), "NOT_FOUND", "no policy 'nonsense'"),
         (promotion("static:max_num_seqs=0"), "INVALID_ARGUMENT", "must be at least 1"),
         (promotion("static:speed=1"), "INVALID_ARGUMENT", "unknown key 'speed'"),
@@ -123,7 +124,7 @@ def test_a_group_is_held_for_a_while_and_remembers_nothing_of_it():
             assert (await engine.call.read()).welcome.policy == "static:max_num_seqs=80"
             assert (await engine.call.read()).lease.limits.max_num_seqs == 80
             ended = await policies.PromotePolicy(promotion("", hold=0.0))
-            assert ended.group_policy == pb.GroupPolicy(group="chat", policy="static")
+            assert ended.group_policy == pb.GroupPolicy(group="chat", policy="static", engines=1)
 
     run(test)
 
@@ -427,6 +428,82 @@ def test_a_canary_on_no_server_goes_on_and_is_shown_and_logged_once(caplog):
             another = service.groups.promotion("chat").with_canary("memory-peak", 0.25)
             service.groups.set_promotions({"chat": another})
             assert service._canaries.of_promotion("chat") is None
+
+    run(test)
+
+
+def test_a_trial_rests_while_its_group_is_held_and_goes_on_afterwards():
+    async def test():
+        async with serving(groups=CHAT, canary=JUDGED) as service, channel_to(service) as channel:
+            await stub_of(channel).PromotePolicy(promotion("memory", 0.5))
+            service._canaries.judge()
+            _, new, _ = canary_of(0.5)
+            engine = Engine(channel)
+            assert (await engine.begin(hello(engine=new[0]))).policy == "memory"
+            await engine.ask(1)
+            service._canaries.judge()
+            await stub_of(channel).PromotePolicy(promotion("memory-peak", hold=600.0))
+            await engine.send(report=report(2))
+            assert (await engine.call.read()).welcome.policy == "memory-peak"
+            assert (await engine.call.read()).lease.sequence == 2
+            await minutes_later(service)  # by now a trial on every server would have gone back
+            held = service.groups.promotion("chat")
+            assert (held.held_policy, held.canary_policy) == ("memory-peak", "memory")
+            service._canaries.failed(next(iter(service.sessions)))
+            compared = service._canaries.trials["chat"].canary
+            assert (compared.canary.windows, compared.control.windows) == (1, 0)
+            assert service._canaries.of_promotion("chat") is not None
+            await stub_of(channel).PromotePolicy(promotion("", hold=0.0))
+            service._canaries.judge()
+            assert service.groups.promotion("chat") == Promotion("static", "static")
+            assert service.meters.verdicts == {("chat", "roll_back"): 1}
+
+    run(test)
+
+
+def test_every_change_of_hands_is_logged_and_asking_again_is_not(caplog):
+    async def test():
+        async with serving(groups=CHAT) as service, channel_to(service) as channel:
+            for policy in ("memory", "memory", "memory-peak"):
+                await stub_of(channel).PromotePolicy(promotion(policy, hold=60.0))
+            await stub_of(channel).PromotePolicy(promotion("", hold=0.0))
+            await stub_of(channel).PromotePolicy(promotion("aimd"))
+            await stub_of(channel).RollBackPolicy(pb.RollBackPolicyRequest(group="chat"))
+            assert service.groups.promotion("chat").policy == "static"
+
+    with caplog.at_level("INFO", "batchpilot.service"):
+        run(test)
+    assert [text for text in caplog.messages if "anyone" in text] == [
+        "anyone holds group chat at memory for 60 s",
+        "anyone holds group chat at memory-peak for 60 s",
+        "anyone lets go of group chat, held at memory-peak",
+        "anyone gives group chat policy aimd for a share of 1.0",
+        "anyone takes group chat back from aimd",
+    ]
+
+
+def test_what_an_edit_of_the_settings_makes_forgotten_is_logged(caplog):
+    groups = Groups(GroupSettings(policy="static"), {})
+    tried = Promotion("static", "memory", "sla", 0.5, ("static",)).held("aimd", 1e12)
+    groups.set_promotions({"chat": tried})
+    groups.configure(GroupSettings(policy="static"), {"other": GroupSettings()})
+    assert caplog.messages == []
+    groups.configure(GroupSettings(policy="memory-peak"), {})
+    assert caplog.messages == [
+        "group chat has policy memory-peak of the settings; forgotten is memory, held at aimd, "
+        "trying sla on a share of 0.5, after static"
+    ]
+
+
+def test_a_refusal_is_short_enough_for_a_status():
+    async def test():
+        named = {f"a-group-with-a-long-name-{number}": {} for number in range(500)}
+        async with serving(groups=named) as service, channel_to(service) as channel:
+            assert len(service.groups.names) == 500
+            asked = stub_of(channel).GetPolicy(pb.GetPolicyRequest(group="nobody"))
+            code, text = await refused(asked)
+            assert (code, text[:21]) == (grpc.StatusCode.NOT_FOUND, "no group 'nobody'; th")
+            assert len(text) < 1100
 
     run(test)
 

@@ -377,6 +377,16 @@ class ListPoliciesResponse(_message.Message):
     policies: _containers.RepeatedCompositeFieldContainer[PolicyInfo]
     def __init__(self, policies: _Optional[_Iterable[_Union[PolicyInfo, _Mapping]]] = ...) -> None: ...
 
+class ListGroupsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListGroupsResponse(_message.Message):
+    __slots__ = ("groups",)
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[GroupPolicy]
+    def __init__(self, groups: _Optional[_Iterable[_Union[GroupPolicy, _Mapping]]] = ...) -> None: ...
+
 class GetPolicyRequest(_message.Message):
     __slots__ = ("group",)
     GROUP_FIELD_NUMBER: _ClassVar[int]
@@ -384,7 +394,7 @@ class GetPolicyRequest(_message.Message):
     def __init__(self, group: _Optional[str] = ...) -> None: ...
 
 class GroupPolicy(_message.Message):
-    __slots__ = ("group", "policy", "canary_policy", "canary_share", "history", "canary_state", "canary_problem", "held_policy", "held_seconds_left")
+    __slots__ = ("group", "policy", "canary_policy", "canary_share", "history", "canary_state", "canary_problem", "held_policy", "held_seconds_left", "engines")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     CANARY_POLICY_FIELD_NUMBER: _ClassVar[int]
@@ -394,6 +404,7 @@ class GroupPolicy(_message.Message):
     CANARY_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     HELD_POLICY_FIELD_NUMBER: _ClassVar[int]
     HELD_SECONDS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
     group: str
     policy: str
     canary_policy: str
@@ -403,7 +414,8 @@ class GroupPolicy(_message.Message):
     canary_problem: str
     held_policy: str
     held_seconds_left: float
-    def __init__(self, group: _Optional[str] = ..., policy: _Optional[str] = ..., canary_policy: _Optional[str] = ..., canary_share: _Optional[float] = ..., history: _Optional[_Iterable[str]] = ..., canary_state: _Optional[str] = ..., canary_problem: _Optional[str] = ..., held_policy: _Optional[str] = ..., held_seconds_left: _Optional[float] = ...) -> None: ...
+    engines: int
+    def __init__(self, group: _Optional[str] = ..., policy: _Optional[str] = ..., canary_policy: _Optional[str] = ..., canary_share: _Optional[float] = ..., history: _Optional[_Iterable[str]] = ..., canary_state: _Optional[str] = ..., canary_problem: _Optional[str] = ..., held_policy: _Optional[str] = ..., held_seconds_left: _Optional[float] = ..., engines: _Optional[int] = ...) -> None: ...
 
 class GetPolicyResponse(_message.Message):
     __slots__ = ("group_policy",)

@@ -280,6 +280,11 @@ class PolicyServiceStub(object):
                 request_serializer=batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListPoliciesRequest.SerializeToString,
                 response_deserializer=batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListPoliciesResponse.FromString,
                 _registered_method=True)
+        self.ListGroups = channel.unary_unary(
+                '/batchpilot.v1.PolicyService/ListGroups',
+                request_serializer=batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListGroupsRequest.SerializeToString,
+                response_deserializer=batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListGroupsResponse.FromString,
+                _registered_method=True)
         self.GetPolicy = channel.unary_unary(
                 '/batchpilot.v1.PolicyService/GetPolicy',
                 request_serializer=batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.GetPolicyRequest.SerializeToString,
@@ -304,6 +309,15 @@ class PolicyServiceServicer(object):
 
     def ListPolicies(self, request, context):
         """Lists the policies a group can be given: every analytic one and every version in the registry.
+
+        Status: NOT_FOUND (a group is asked about that there is none of).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGroups(self, request, context):
+        """Shows every group that the settings, promotions or an engine of this service name, as GetPolicy does.
 
         Status: OK.
         """
@@ -350,6 +364,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     request_deserializer=batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListPoliciesRequest.FromString,
                     response_serializer=batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListPoliciesResponse.SerializeToString,
             ),
+            'ListGroups': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGroups,
+                    request_deserializer=batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListGroupsRequest.FromString,
+                    response_serializer=batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListGroupsResponse.SerializeToString,
+            ),
             'GetPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicy,
                     request_deserializer=batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.GetPolicyRequest.FromString,
@@ -395,6 +414,33 @@ class PolicyService(object):
             '/batchpilot.v1.PolicyService/ListPolicies',
             batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListPoliciesRequest.SerializeToString,
             batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListPoliciesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/batchpilot.v1.PolicyService/ListGroups',
+            batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListGroupsRequest.SerializeToString,
+            batchpilot_dot_protos_dot_batchpilot_dot_v1_dot_tuner__pb2.ListGroupsResponse.FromString,
             options,
             channel_credentials,
             insecure,
