@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from batchpilot.agents.catalog import PolicySpec, policy_kind
+from batchpilot.agents.parameters import ConfigError
 from batchpilot.service.logs import set_up_logs
 from batchpilot.service.server import Service
 from batchpilot.service.settings import ServiceSettings, read_settings
@@ -42,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json-logs", action="store_true", default=None, help="(server.json_logs)")
     parser.add_argument(
-        "--print-settings", action="store_true", help="print a file of all settings and end"
+        "--print-settings",
+        action="store_true",
+        help="print a file of all defaults and end",
     )
     parser.epilog = EXAMPLES
 
@@ -54,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: A setting that cannot be used; nothing has been opened.
     """
     if args.print_settings:
+        if any(value for name, value in vars(args).items() if name != "print_settings"):
+            raise ConfigError("--print-settings goes alone: it prints the defaults")
         print(settings_text(), end="")
         return 0
     settings = with_options(read_settings(args.config), args)
@@ -101,7 +107,20 @@ def with_options(settings: ServiceSettings, args: argparse.Namespace) -> Service
     }
     changed = replace(settings, server=replace(settings.server, **server))
     if args.policy is not None:
+        _check_policy(args.policy)
         changed = replace(changed, default=replace(changed.default, policy=args.policy))
     if args.metrics is not None:
         changed = replace(changed, metrics=replace(changed.metrics, bind=args.metrics))
     return changed
+
+
+def _check_policy(text: str) -> None:
+    """Says of a policy that there is none of that it was the option's, not the file's.
+
+    Raises:
+        ConfigError: Malformed or unknown.
+    """
+    try:
+        policy_kind(PolicySpec.parse(text).name)
+    except ConfigError as error:
+        raise ConfigError(f"--policy: {error}") from None

@@ -18,6 +18,8 @@ from batchpilot.service.addresses import Address
 
 #: Longest wait for the answer to a single call.
 ANSWER_SECONDS = 10.0
+#: What is not encrypted goes to the service alone, whatever the environment says of proxies.
+_NO_PROXY = (("grpc.enable_http_proxy", 0),)
 
 
 class Connection(NamedTuple):
@@ -71,14 +73,19 @@ def connection(args: argparse.Namespace) -> Iterator[Connection]:
         yield Connection(channel, metadata)
 
 
-def said(error: grpc.RpcError) -> str:
-    """A failed call in one line."""
-    return f"{error.code().name}: {error.details()}"
+def said(error: grpc.RpcError, args: argparse.Namespace) -> str:
+    """A failed call in one line, with what may mend it."""
+    code, hint = error.code(), ""
+    if code is grpc.StatusCode.UNAVAILABLE and args.ca_file is None:
+        hint = " (a service with TLS needs --ca-file)"
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        hint = " (see --token-file, and --cert-file)"
+    return f"{code.name}: {error.details()}{hint}"
 
 
 def _channel(args: argparse.Namespace) -> Any:
     if args.ca_file is None:
-        return grpc.insecure_channel(args.target)
+        return grpc.insecure_channel(args.target, options=_NO_PROXY)
     key, certificate = _content(args.key_file), _content(args.cert_file)
     credentials = grpc.ssl_channel_credentials(_content(args.ca_file), key, certificate)
     return grpc.secure_channel(args.target, credentials)

@@ -107,7 +107,9 @@ class MetricsSettings(Parameters):
 class StorageSettings(Parameters):
     """Section `storage`: the folders."""
 
-    registry: str | None = parameter(None, help="folder of learned policies")
+    registry: str | None = parameter(
+        None, help="folder of learned policies; else $BATCHPILOT_POLICIES, or the usual one"
+    )
     state: str | None = parameter(
         None, help="file that keeps promotions over restarts and shares them between replicas"
     )

@@ -37,6 +37,7 @@ from batchpilot.service.top_view import ORDERS, Board, view
 
 REFRESHES_PER_SECOND = 4
 LONGEST_RETRY_SECONDS = 5.0
+LONGEST_INTERVAL_SECONDS = 3600.0
 EXAMPLES = """\
 examples:
   batchpilot top
@@ -61,8 +62,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: A file that cannot be read, or a combination that makes no sense.
     """
-    if args.interval <= 0:
-        raise ConfigError(f"--interval={args.interval} must be greater than 0")
+    if not 0 < args.interval <= LONGEST_INTERVAL_SECONDS:
+        raise ConfigError(
+            f"--interval={args.interval} must be greater than 0 and at most "
+            f"{LONGEST_INTERVAL_SECONDS:g}"
+        )
     watcher = Watcher(args)
     if args.once:
         return _once(watcher, args)
@@ -114,7 +118,7 @@ class Watcher:
                     retry = 0.5
                 self.board.state = "the service ended the stream"
             except grpc.RpcError as error:
-                self.board.state = said(error)
+                self.board.state = said(error, self._args)
             except ConfigError as error:
                 self.board.state = str(error)
             self.changed.set()
@@ -157,7 +161,7 @@ def _once(watcher: Watcher, args: argparse.Namespace) -> int:
     try:
         watcher.ask_once()
     except grpc.RpcError as error:
-        print(f"batchpilot top: {args.target}: {said(error)}", file=sys.stderr)
+        print(f"batchpilot top: {args.target}: {said(error, args)}", file=sys.stderr)
         return 1
     if args.json:
         _print_json(watcher.board)

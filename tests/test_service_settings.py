@@ -300,15 +300,31 @@ def test_the_example_file_can_be_used_as_it_is():
     assert settings.groups["batch"].lease_ms == settings.default.lease_ms == 2000
 
 
-def test_the_printed_file_has_every_key_and_is_every_default(tmp_path, capsys):
+def test_the_printed_file_is_every_default_with_and_without_its_signs(tmp_path, capsys):
     assert main(["serve", "--print-settings"]) == 0
     printed = capsys.readouterr().out
     path = tmp_path / "service.yaml"
     path.write_text(printed)
     assert read_settings(path) == ServiceSettings()
-    keys = {line.strip(" #").partition(":")[0] for line in printed.splitlines()}
+    every_key = printed.replace("\n  # ", "\n  ")
+    path.write_text(every_key)
+    groups = {"chat": GroupSettings(policy="memory+sla", itl_slo_ms=50.0)}
+    assert read_settings(path) == ServiceSettings(groups=groups)
+    keys = {line.strip().partition(":")[0] for line in every_key.splitlines()}
     assert {name for kind in SECTIONS.values() for name in kind.names()} - keys == {"share"}
     assert set(GroupSettings.names()) <= keys
+
+
+def test_the_printed_file_says_nothing_of_other_options(capsys):
+    assert main(["serve", "--print-settings", "--policy", "memory"]) == 2
+    assert "--print-settings goes alone" in capsys.readouterr().err
+
+
+def test_a_bad_policy_is_the_options_where_it_was_given_there(tmp_path, capsys):
+    path = tmp_path / "service.yaml"
+    path.write_text("default: {policy: memory}")
+    assert main(["serve", "--config", str(path), "--policy", "clever"]) == 2
+    assert "serve: --policy: unknown policy 'clever'" in capsys.readouterr().err
 
 
 def test_every_setting_explains_itself():

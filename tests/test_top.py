@@ -174,6 +174,7 @@ def test_no_service_is_said_in_a_line(capsys):
     ("options", "message"),
     [
         (["--interval", "0"], "--interval=0.0 must be greater than 0"),
+        (["--interval", "nan"], "--interval=nan must be greater than 0"),
         (["--cert-file", "x"], "--cert-file and --key-file go together"),
         (["--token-file", "/nowhere/token"], "/nowhere/token: cannot be read (No such file"),
     ],

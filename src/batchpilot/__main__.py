@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from batchpilot import __version__
 from batchpilot.agents.parameters import ConfigError
 
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 EXIT_BAD_INPUT = 2
 
 
@@ -93,8 +96,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # no name ends a command that prints it
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return int(module.run(parser.parse_args(arguments[1:])))
+        status = int(module.run(parser.parse_args(arguments[1:])))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except ConfigError as error:
         print(f"batchpilot {name}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
