@@ -77,8 +77,8 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
         """Every group's policy."""
         async with answering("ListGroups", context, self._meters):
             self._gate.admit(context, *_READERS)
-            names = self._promotions.known_groups()
-            return pb.ListGroupsResponse(groups=[self._describe(name) for name in names])
+            groups = map(self._with_trial, self._promotions.describe_all())
+            return pb.ListGroupsResponse(groups=groups)
 
     async def PromotePolicy(
         self, request: pb.PromotePolicyRequest, context: Any
@@ -161,8 +161,11 @@ class PolicyServicer(tuner_pb2_grpc.PolicyServiceServicer):
         Raises:
             RefusalError: NOT_FOUND.
         """
-        described = self._promotions.describe(group)
-        trial = self._canaries.of_promotion(group)
+        return self._with_trial(self._promotions.describe(group))
+
+    def _with_trial(self, described: pb.GroupPolicy) -> pb.GroupPolicy:
+        """A group's policy, with how its trial stands."""
+        trial = self._canaries.of_promotion(described.group)
         if trial is not None:
             described.canary_state = trial.canary.reason
             described.canary_problem = trial.problem

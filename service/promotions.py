@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -53,17 +54,17 @@ class Promotions:
         Raises:
             RefusalError: NOT_FOUND.
         """
-        known = self.known_groups()
+        known = {*self._groups.names, *self._engines()}
         if group not in known:
-            listing = ", ".join(map(repr, known)) or "none"
+            listing = ", ".join(map(repr, sorted(known))) or "none"
             raise RefusalError(
                 grpc.StatusCode.NOT_FOUND, "group", f"no group {group[:40]!r}; there are: {listing}"
             )
         return group
 
-    def known_groups(self) -> list[str]:
-        """The groups that settings, promotions or engines here name."""
-        return sorted({*self._groups.names, *(session.key.group for session in self._sessions)})
+    def _engines(self) -> Counter[str]:
+        """The engines here, each rank counted, by group."""
+        return Counter(session.key.group for session in self._sessions)
 
     def targets(self, group: str) -> list[Mapping[str, float | None]]:
         """The targets that a policy of the group must do with: one entry for all alike.
@@ -88,7 +89,16 @@ class Promotions:
         Raises:
             RefusalError: NOT_FOUND.
         """
-        promotion = self._groups.promotion(self.check_group(group))
+        return self._described(self.check_group(group), self._engines()[group])
+
+    def describe_all(self) -> list[pb.GroupPolicy]:
+        """The same of every group that settings, promotions or engines here name, by name."""
+        engines = self._engines()
+        names = sorted({*self._groups.names, *engines})
+        return [self._described(name, engines[name]) for name in names]
+
+    def _described(self, group: str, engines: int) -> pb.GroupPolicy:
+        promotion = self._groups.promotion(group)
         return pb.GroupPolicy(
             group=group,
             policy=promotion.policy,
@@ -97,7 +107,7 @@ class Promotions:
             history=promotion.history,
             held_policy=promotion.held_policy,
             held_seconds_left=max(0.0, promotion.held_until - time.time()),
-            engines=sum(session.key.group == group for session in self._sessions),
+            engines=engines,
         )
 
     def promote(self, group: str, policy: str, share: float) -> None:

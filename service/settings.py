@@ -273,8 +273,9 @@ def parse_settings(content: Mapping[str, Any], *, where: str) -> ServiceSettings
         if name not in allowed:
             raise ConfigError(f"{where}: unknown section {name!r}; allowed: {', '.join(allowed)}")
     given = {name: _section(content.get(name), where=f"{where}: {name}") for name in allowed}
-    if "share" in given["canary"]:
-        raise ConfigError(f"{where}: canary: share is given with each promotion, not here")
+    section, key = NO_SETTING
+    if key in given[section]:
+        raise ConfigError(f"{where}: {section}: {key} is given with each promotion, not here")
     sections: dict[str, Any] = {
         name: kind.from_mapping(given[name], where=f"{where}: {name}")
         for name, kind in SECTIONS.items()

@@ -139,11 +139,16 @@ def test_a_file_that_cannot_be_used_is_named_with_what_is_wrong_in_it(tmp_path, 
             service.reloader.now()
             while not service.meters.reloads["failed"]:
                 await asyncio.sleep(0.01)
+            path.write_text("default: {policy: memory}\nserver: {bind: '0.0.0.0:1'}\n")
+            service.reloader.now()
+            while service.meters.reloads["failed"] < 2:
+                await asyncio.sleep(0.01)
+            assert service.groups.settings("any").policy == "predictive"
 
     with caplog.at_level("ERROR", "batchpilot.service"):
         run(test)
-    (record,) = caplog.records
-    said = record.getMessage()
+    said, exposed = caplog.messages
+    assert "0.0.0.0:1" in exposed  # what no restart would take is not taken now
     assert said.startswith(f"what was read before stays in force: {path}: default: unknown policy")
 
 
