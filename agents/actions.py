@@ -375,14 +375,14 @@ def _shifted(
     """
     if base.is_whole:
         return base.limits
-    engine, highest = snapshot.engine, snapshot.engine.startup_limits
+    highest = snapshot.engine.startup_limits
     seqs = base.limits.max_num_seqs
     if factors[0] != 1.0:
         wanted = _shifted_seqs(base, factors[0], lowest.max_num_seqs, highest.max_num_seqs)
         if wanted:
             seqs = max(wanted, min(snapshot.running, highest.max_num_seqs))
     tokens = base.limits.max_num_batched_tokens
-    decoded = snapshot.decode_seqs * engine.tokens_per_decode
+    decoded = snapshot.decode_tokens(snapshot.decode_seqs)
     if tokens > decoded:
         most = highest.max_num_batched_tokens - decoded
         room = _multiplied(tokens - decoded, factors[1], lowest.max_num_batched_tokens, most)

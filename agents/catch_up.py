@@ -86,7 +86,7 @@ class CatchUp:
         """Longest steps there are until all who wait are computed, if nobody else came; seconds."""
         decodes, engine = snapshot.decode_seqs, snapshot.engine
         kv_tokens = snapshot.used_blocks * engine.block_size
-        tokens = engine.startup_limits.max_num_batched_tokens - decodes * engine.tokens_per_decode
+        tokens = engine.startup_limits.max_num_batched_tokens - snapshot.decode_tokens(decodes)
         if tokens < 1:
             return math.inf, 1.0
         attention = self._step_time.attention_tokens

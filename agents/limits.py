@@ -6,6 +6,7 @@ step is a named tuple, which costs a third of a frozen dataclass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -60,7 +61,8 @@ class EngineFacts:
         startup_limits: The limits the engine was started with; its buffers are sized by them.
         total_blocks: KV blocks that requests can use.
         block_size: Tokens per KV block.
-        tokens_per_decode: Tokens one decoding sequence takes of a step: 1, more when speculating.
+        tokens_per_decode: Most tokens one decoding sequence takes of a step: 1, more when
+            speculating.
         unchunked_prefill_tokens: Prompt tokens that must fit one step: the longest prompt without
             chunked prefill, whole images where those may not be split; else 0.
         prefill_block_tokens: Tokens a prefill advances by where it must end on a block (Mamba
@@ -113,7 +115,6 @@ class EngineSnapshot(NamedTuple):
         running: Sequences in RUNNING (the papers' N), of which `prefill_seqs` still prefill.
         waiting: Requests that wait for admission.
         prefill_seqs: Sequences in RUNNING that have not finished their prompt.
-        reserved_seqs: Places held outside RUNNING (paused streaming sessions).
         used_blocks: KV blocks that requests hold.
         binding: What kept the next request out in the previous step.
         prompt_computed: Tokens computed of the oldest prompt in RUNNING that is not finished.
@@ -123,6 +124,8 @@ class EngineSnapshot(NamedTuple):
         prompts_done: Prompts that have been scheduled to their end since the start, so that a
             request that is gone can be told from one that had its first token; None where nobody
             knows.
+        tokens_per_decode: Tokens one decoding sequence took of a step lately, where that is less
+            than the engine's most, for drafts are not always found; None where nobody knows.
     """
 
     engine: EngineFacts
@@ -130,7 +133,6 @@ class EngineSnapshot(NamedTuple):
     running: int
     waiting: int
     prefill_seqs: int = 0
-    reserved_seqs: int = 0
     used_blocks: int = 0
     binding: Binding = Binding.NONE
     prompt_computed: int = 0
@@ -138,11 +140,19 @@ class EngineSnapshot(NamedTuple):
     read_running: Callable[[], Sequence[SequenceState]] = _none_running
     read_waiting: Callable[[int], Sequence[SequenceState]] = _none_waiting
     prompts_done: int | None = None
+    tokens_per_decode: float | None = None
 
     @property
     def decode_seqs(self) -> int:
         """Sequences in RUNNING that decode."""
         return self.running - self.prefill_seqs
+
+    def decode_tokens(self, sequences: int) -> int:
+        """Tokens that so many decoding sequences are about to take of the step."""
+        each = self.tokens_per_decode
+        if each is None:
+            return sequences * self.engine.tokens_per_decode
+        return math.ceil(sequences * each)
 
     @property
     def kv_cache_usage(self) -> float:

@@ -121,7 +121,7 @@ class PredictivePolicy:
         if decodes:
             prefill = latency.prefill(snapshot)
             is_whole = prefill.is_whole
-            tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill.tokens)
+            tokens = min(tokens, snapshot.decode_tokens(decodes) + prefill.tokens)
             if not prefill.admits:
                 seqs = snapshot.running
             if prefill.reason is not FITS and reason is not OUT_OF_REACH:
@@ -135,7 +135,7 @@ class PredictivePolicy:
         seqs = max(limits.max_num_seqs, snapshot.running, 1)
         tokens, decodes = limits.max_num_batched_tokens, snapshot.decode_seqs
         if decodes:
-            tokens = min(tokens, decodes * snapshot.engine.tokens_per_decode + prefill)
+            tokens = min(tokens, snapshot.decode_tokens(decodes) + prefill)
         if wanted is None and limits.max_num_seqs < seqs:
             wanted = limits.max_num_seqs
         return self._decided(seqs, tokens, COLD, Source.MEMORY_SLA, wanted_seqs=wanted)

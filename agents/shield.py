@@ -3,8 +3,13 @@
 Whoever proposes (a formula, a model, an agent, a service), the same clamp applies, in the
 environment and in the hook, and in the service as far as it does not depend on what runs:
 
-    N + reserved <= max_num_seqs <= min(start-up value, operator's bound, memory bound)
+    N <= max_num_seqs <= min(start-up value, operator's bound, memory bound)
     min_prefill_chunk + N * tokens_per_decode <= max_num_batched_tokens <= start-up value
+
+where tokens_per_decode is what a decoding sequence has been taking of a step lately.
+
+Both count sequences in RUNNING. Places that an engine holds for others, as vLLM's newer releases do
+for paused streaming sessions, come on top of the limit where it is applied.
 
 With chunked prefill off the longest prompt takes the chunk's place, and on hybrid models whose
 prefills must end on a block of Mamba state a whole block, where those are larger. Where the two
@@ -86,7 +91,7 @@ def shield(
 def shield_ahead(
     proposed: BatchLimits, engine: EngineFacts, bounds: SafetyBounds
 ) -> ShieldedLimits:
-    """The part of the shield that holds whatever runs: N and reserved are 0.
+    """The part of the shield that holds whatever runs: N is 0.
 
     For who decides on a state that is past when the limits are applied, as a service does: a limit
     held up by the sequences that ran then lets in another for each that ends, and never falls. The
@@ -114,9 +119,8 @@ def _clamp_seqs(
         value, clamp = upper, Clamp.UPPER_BOUND
     if value < bounds.min_num_seqs:
         value, clamp = bounds.min_num_seqs, Clamp.LOWER_BOUND
-    occupied = snapshot.running + snapshot.reserved_seqs
-    if value < occupied:
-        value, clamp = occupied, Clamp.RUNNING
+    if value < snapshot.running:
+        value, clamp = snapshot.running, Clamp.RUNNING
     if value < 1:
         value = 1
     return (value if value < startup else startup), clamp
@@ -132,7 +136,7 @@ def _clamp_tokens(
         chunk = engine.prefill_block_tokens
     if chunk < engine.unchunked_prefill_tokens:
         chunk = engine.unchunked_prefill_tokens
-    lower = chunk + snapshot.running * engine.tokens_per_decode
+    lower = chunk + snapshot.decode_tokens(snapshot.running)
     if proposed > upper:
         return upper, Clamp.TOKEN_BUDGET_HIGH
     if proposed < lower:

@@ -145,7 +145,7 @@ class SlaPolicy:
         self._steps += 1
         self._seconds += step.seconds
         self._decodes += step.decode_seqs
-        self._bound_steps += step.binding is Binding.MAX_NUM_SEQS
+        self._bound_steps += self._binds(step)
         if self._steps == self._params.window_steps:
             self._move(self._range)
             self._start_window()
@@ -198,6 +198,10 @@ class SlaPolicy:
         else:
             self._interval = search.on_target(self._interval, batch)
             self._reason = AT
+
+    def _binds(self, step: StepRecord) -> bool:
+        """Whether this rule's limit kept a request out, and not a lower one of somebody else."""
+        return step.binding is Binding.MAX_NUM_SEQS and step.running >= self._found()
 
     def _may_rise(self) -> bool:
         """Whether a window that met the target may move the interval; as published, always."""

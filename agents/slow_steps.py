@@ -156,10 +156,10 @@ class SlowSteps:
         self, snapshot: EngineSnapshot, aim: float, kv_tokens: int, prompts: PromptsAhead
     ) -> StepOption:
         """As long as it may be, or as long as the start-up token budget makes it."""
-        decodes, engine = snapshot.decode_seqs, snapshot.engine
+        decodes, startup = snapshot.decode_seqs, snapshot.engine.startup_limits
         seconds = SLOW_STEP * aim
         tokens = self._step_time.largest_prefill(decodes, kv_tokens, seconds, prompts)
-        most = engine.startup_limits.max_num_batched_tokens - decodes * engine.tokens_per_decode
+        most = startup.max_num_batched_tokens - snapshot.decode_tokens(decodes)
         if tokens > most:
             return StepOption(self._step_time.predict(decodes, most, kv_tokens, prompts), most)
         return StepOption(seconds, tokens)

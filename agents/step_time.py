@@ -21,6 +21,9 @@ Floats = NDArray[np.float64]
 #: Rows summed before the weights are solved for again; the first blocks are shorter.
 BLOCK_STEPS = 16
 FIRST_BLOCK_STEPS = 4
+#: What the times of the first block are relative to, at least, in times of its median: relative to
+#: its own, a step that came too soon, its result ready after a pause, would count for hundreds.
+LEAST_FIRST_WEIGHT = 2.0
 #: Share of what is known that a step forgets: about the last thousand steps count.
 FORGETTING = 1e-3
 #: Weight of the weights held before, as a share of the information of each feature.
@@ -391,6 +394,8 @@ class StepTimeEstimator:
         self._block = min(2 * self._block, BLOCK_STEPS)
         keep = (1 - FORGETTING) ** len(table)
         seconds, weight = table[:, 4], table[:, 5]
+        if not self.has_weights:
+            weight = np.maximum(weight, LEAST_FIRST_WEIGHT * np.median(seconds))
         x = self._design(table) / weight[:, None]
         self._information *= keep
         self._information += x.T @ x

@@ -259,7 +259,7 @@ class Hook:
         self._binding = binding = binding_constraint(
             running=content.running,
             waiting=content.waiting,
-            max_num_seqs=limits.max_num_seqs,
+            max_num_seqs=self._most_running(limits.max_num_seqs, content.reserved_seqs),
             scheduled_tokens=content.scheduled_tokens,
             token_budget=limits.max_num_batched_tokens,
         )
@@ -268,6 +268,12 @@ class Hook:
         after_gap = self._gap or (not self._in_flight and now - self._returned_at > PAUSE_SECONDS)
         self._in_flight.append(_StepInFlight(output, content, now, after_gap, binding))
         self._gap = False
+
+    def _most_running(self, limit: int, reserved: int) -> int:
+        """A limit, or what the start-up one leaves beside the places held outside RUNNING."""
+        if not reserved:
+            return limit
+        return min(limit, self.facts.startup_limits.max_num_seqs - reserved)
 
     def _note_returned(self, output: object) -> None:
         step = self._take_in_flight(output)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from batchpilot.agents.limits import (
@@ -157,7 +158,7 @@ class RemotePolicy:
         local = self._local.decide(snapshot)
         if local is not self._local_decision or self._fallback is None:
             self._local_decision = local
-            self._fallback = Decision(local.limits, Source.FALLBACK, local.reason)
+            self._fallback = replace(local, source=Source.FALLBACK)
         return self._fallback
 
     def _report(

@@ -70,6 +70,7 @@ def report_message(report: EngineReport, facts: ReportFacts) -> wire.Report:
         dropped_reports=facts.dropped_reports,
         lease_remaining_ms=None if remaining is None else round(1e3 * remaining),
         local_limits=limits_message(report.local_limits),
+        tokens_per_decode=report.snapshot.tokens_per_decode,
     )
     if report.running is not None:
         message.steps.extend(map(step_message, report.steps[-MOST_DETAILED_STEPS:]))

@@ -70,6 +70,11 @@ class Era:
     limit: str
     comparison: str
 
+    @property
+    def counts_paused(self) -> bool:
+        """Whether paused streaming sessions count beside RUNNING."""
+        return self.comparison == ">="
+
 
 ERAS = (
     Era((0, 16), (0, 24), "max_num_running_reqs", "=="),
@@ -121,6 +126,8 @@ WRAPPED_METHODS = (
 #: Final statuses of requests whose output would have gone on.
 CUT_SHORT = ("FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED")
 _NO_PREFILL = (0, 0, 0)
+#: What remains, a step later, of the most tokens a decoding sequence took: drafts come and go.
+DRAFTS_KEPT = 0.9
 
 
 def era_of(version: str) -> Era | None:
@@ -216,6 +223,7 @@ class StepContent(NamedTuple):
         scheduled_tokens: All tokens in it.
         used_blocks: KV blocks held once it was scheduled.
         finished: Requests that ended since the previous call.
+        reserved_seqs: Places that vLLM holds outside RUNNING, for paused streaming sessions.
     """
 
     running: int
@@ -227,6 +235,7 @@ class StepContent(NamedTuple):
     scheduled_tokens: int
     used_blocks: int
     finished: tuple[FinishedRequest, ...]
+    reserved_seqs: int
 
 
 class VllmAdapter:
@@ -241,6 +250,7 @@ class VllmAdapter:
         self._scheduler = scheduler
         era = era_of(vllm_version) or ERAS[-1]
         self._limit_name = era.limit
+        self._counts_paused = era.counts_paused
         self._block_pool = scheduler.kv_cache_manager.block_pool
         # Groups (hybrid attention) share one pool, and each token takes a block in every group.
         self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
@@ -257,6 +267,10 @@ class VllmAdapter:
         # Requests admitted and not yet finished, and those of them that still prefill.
         self._admitted: dict[str, Any] = {}
         self._prefilling: dict[str, Any] = {}
+        #: Lately, where it can be less than the most; None where it cannot.
+        self._tokens_per_decode: float | None = None
+        if self.facts.tokens_per_decode > 1:
+            self._tokens_per_decode = float(self.facts.tokens_per_decode)
         self._running_before = 0
         self._preempted_since = self._prompts_done = 0
         self._all_blocks = self._usable_blocks()
@@ -276,8 +290,11 @@ class VllmAdapter:
         return int(self._scheduler.vllm_config.parallel_config.data_parallel_index)
 
     def apply(self, limits: BatchLimits) -> None:
-        """Sets both limits for the next `schedule()`."""
-        setattr(self._scheduler, self._limit_name, limits.max_num_seqs)
+        """Sets both limits for the next `schedule()`, on top of what vLLM counts beside RUNNING."""
+        seqs, startup = limits.max_num_seqs + self._reserved(), self.facts.startup_limits
+        if seqs > startup.max_num_seqs:
+            seqs = startup.max_num_seqs
+        setattr(self._scheduler, self._limit_name, seqs)
         self._scheduler.max_num_scheduled_tokens = limits.max_num_batched_tokens
 
     def restore(self) -> None:
@@ -301,7 +318,6 @@ class VllmAdapter:
             running,
             queued - paused if queued > paused else 0,
             min(len(self._prefilling), running),
-            paused,
             self.used_blocks(),
             binding,
             computed,
@@ -309,6 +325,7 @@ class VllmAdapter:
             self._read_running,
             self._read_waiting,
             self._prompts_done,
+            self._tokens_per_decode,
         )
 
     def _forget_aborted_prefills(self) -> None:
@@ -376,17 +393,26 @@ class VllmAdapter:
         prefill_seqs, prefill_tokens, prefill_squares = (
             self._count_prefills(scheduled) if self._prefilling else _NO_PREFILL
         )
+        decode_seqs = len(scheduled) - prefill_seqs
+        if self._tokens_per_decode is not None and decode_seqs:
+            decoded = output.total_num_scheduled_tokens - prefill_tokens
+            self._note_drafts(self._tokens_per_decode, decoded / decode_seqs)
         return StepContent(
             len(running),
             self._waiting(),
-            len(scheduled) - prefill_seqs,
+            decode_seqs,
             prefill_tokens,
             prefill_squares,
             cached_tokens,
             output.total_num_scheduled_tokens,
             self.used_blocks(),
             self._take_finished(finished_ids) if finished_ids else (),
+            self._reserved(),
         )
+
+    def _note_drafts(self, before: float, now: float) -> None:
+        """Follows the tokens of a decoding sequence: up at once, for they come before prompts."""
+        self._tokens_per_decode = max(now, DRAFTS_KEPT * before, 1.0)
 
     def _take_admitted(self, requests: list[Any], scheduled: dict[str, int]) -> int:
         """Notes the step's admissions; returns the prompt tokens that new ones need not compute."""
@@ -408,6 +434,12 @@ class VllmAdapter:
         scheduler = self._scheduler
         waiting = scheduler.get_request_counts()[1] - scheduler.num_waiting_for_streaming_input
         return waiting if waiting > 0 else 0
+
+    def _reserved(self) -> int:
+        """Places that vLLM holds outside RUNNING: those of paused streaming sessions."""
+        if not self._counts_paused:
+            return 0
+        return int(self._scheduler.num_waiting_for_streaming_input)
 
     def _usable_blocks(self) -> int:
         return int(self._block_pool.num_gpu_blocks) - 1  # one is vLLM's null block

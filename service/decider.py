@@ -143,6 +143,9 @@ class Decider:
             binding=BINDINGS[report.binding],
             read_running=lambda: sequences(running),
             read_waiting=lambda count: sequences(waiting)[:count],
+            tokens_per_decode=(
+                report.tokens_per_decode if report.HasField("tokens_per_decode") else None
+            ),
         )
 
 

@@ -106,6 +106,8 @@ def check_report(report: pb.Report, facts: pb.EngineFacts) -> None:
     if window.kv_bound_steps + window.seqs_bound_steps + window.tokens_bound_steps > steps:
         raise ReportError(f"more steps were bound than the {steps} there were")
     _check_sums(window, facts)
+    if report.HasField("tokens_per_decode"):
+        _between("tokens_per_decode", report.tokens_per_decode, 1, facts.tokens_per_decode)
     if report.binding not in _BINDINGS:
         raise ReportError(f"binding={report.binding} is not known")
     if len(report.source) > LONGEST_TEXT or len(report.clamps) > MOST_CLAMP_REASONS:
@@ -167,6 +169,6 @@ def _at_most(field: str, value: int, most: int) -> None:
         raise ReportError(f"{field}={value} must be at most {most}")
 
 
-def _between(field: str, value: int, least: int, most: int) -> None:
+def _between(field: str, value: float, least: int, most: int) -> None:
     if not least <= value <= most:
         raise ReportError(f"{field}={value} must be between {least} and {most}")

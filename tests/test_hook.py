@@ -4,6 +4,7 @@ The scheduler, its KV-cache manager and its assertions are vLLM's own; only the 
 """
 
 import logging
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from driving import Flapping, build_core, drive, random_requests
 from batchpilot.agents.catalog import SELF_CONTAINED, PolicySpec
 from batchpilot.agents.limits import BatchLimits, Binding, Decision, Source
 from batchpilot.env.engine import EngineRequest
+from batchpilot.scheduler_hook.vllm_adapter import VllmAdapter
 
 SCHEDULING = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 STARTUP = BatchLimits(32, 256)
@@ -391,13 +393,87 @@ def test_the_stock_scheduler_is_the_one_vllm_would_take(is_async):
     assert vllm_adapter.stock_scheduler(diffusion) is getattr(diffusion_scheduler, kind)
 
 
-def test_paused_streaming_sessions_do_not_wait_for_admission(monkeypatch):
-    core = build_core()
-    for request in random_requests(0, count=3):
+def test_room_for_drafts_that_are_not_found_shrinks_within_tens_of_steps(monkeypatch):
+    """Whatever of a step's budget drafts leave, vLLM gives to prompts."""
+    core = build_core(async_scheduling=False)
+    monkeypatch.setattr(core.scheduler, "num_spec_tokens", 5)
+    adapter = VllmAdapter(core.scheduler)
+
+    def room_after_step() -> float:
+        adapter.before_schedule()
+        output = core.schedule()
+        adapter.after_schedule(output)
+        list(core.complete(output))
+        snapshot = adapter.snapshot(0.0, Binding.NONE)
+        assert snapshot.decode_tokens(10) == math.ceil(10 * snapshot.tokens_per_decode)
+        return snapshot.tokens_per_decode
+
+    assert adapter.facts.tokens_per_decode == 6
+    core.add_request(EngineRequest("a", [5] * 9, 60))
+    assert room_after_step() == 6.0  # a prompt says nothing
+    rooms = [room_after_step() for _ in range(30)]
+    assert rooms == sorted(rooms, reverse=True)
+    assert rooms[-1] == 1.0
+
+
+def test_an_engine_that_does_not_speculate_has_one_token_for_each_sequence():
+    snapshot = build_core().hook.snapshot()
+    assert (snapshot.tokens_per_decode, snapshot.decode_tokens(7)) == (None, 7)
+
+
+def start_streaming_sessions(core, count):
+    """Sessions whose first segment is answered, so that they pause until the next one comes."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.request import Request
+
+    for place in range(count):
+        sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+        core.scheduler.add_request(
+            Request(f"session{place}", [5] * 9, sampling, pooling_params=None, resumable=True)
+        )
+    while core.scheduler.num_waiting_for_streaming_input < count:
+        list(core.complete(core.schedule()))
+
+
+def serve_for(core, steps):
+    """Steps the engine; returns the most that ran at once, and how many requests ended."""
+    most = ended = 0
+    for _ in range(steps):
+        outputs = core.complete(output := core.schedule())
+        ended += sum(item.finish_reason is not None for item in outputs)
+        most = max(most, len(output.num_scheduled_tokens))
+    return most, ended
+
+
+def test_paused_streaming_sessions_do_not_wait_for_admission():
+    core = build_core(async_scheduling=False)
+    start_streaming_sessions(core, 2)
+    core.add_request(random_requests(0, count=1)[0])
+    assert core.hook.snapshot().waiting == 1
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_paused_streaming_sessions_do_not_take_the_places_a_policy_gives(limit):
+    """vLLM counts them beside RUNNING: a limit of 3 would let nobody in for ever."""
+    core = build_core(async_scheduling=False)
+    start_streaming_sessions(core, 8)
+    core.hook.set_policy(policy := Fixed(seqs=limit))
+    for request in random_requests(0, count=5, longest=20):
         core.add_request(request)
-    monkeypatch.setattr(core.scheduler, "num_waiting_for_streaming_input", 2)
-    snapshot = core.hook.snapshot()
-    assert (snapshot.waiting, snapshot.reserved_seqs) == (1, 2)
+    assert serve_for(core, 200) == (limit, 5)
+    waited = [record for record in policy.records if record.binding is not Binding.NONE]
+    assert {record.binding for record in waited} == {Binding.MAX_NUM_SEQS}
+    assert core.scheduler.num_waiting_for_streaming_input == 8
+
+
+def test_the_start_up_limit_counts_paused_streaming_sessions_as_stock_vllm_does():
+    core = build_core(async_scheduling=False, max_num_seqs=10)
+    start_streaming_sessions(core, 8)
+    core.hook.set_policy(policy := Fixed(seqs=10))
+    for request in random_requests(0, count=5, longest=20):
+        core.add_request(request)
+    assert serve_for(core, 200) == (2, 5)
+    assert Binding.MAX_NUM_SEQS in {record.binding for record in policy.records}
 
 
 def test_time_that_passes_with_nothing_in_flight_is_no_steps_time():

@@ -71,14 +71,16 @@ def serve_under_every_limit(engine):
 def test_ngram_speculation_works_under_policies_and_flapping_limits():
     # In a process of its own: once numba is loaded, vLLM 0.32 cannot start a further engine.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        assert pool.submit(speculate).result(timeout=300) == 4
+        most, lately = pool.submit(speculate).result(timeout=300)
+    assert most == 4
+    assert 1 <= lately <= most
 
 
 def speculate():
     settings = {**SMALL, **SCARCE, "speculative": NGRAM, "async_scheduling": False}
     with LiveEngine(LiveEngineConfig(**settings)) as engine:
         serve_under_every_limit(engine)
-        return engine.facts.tokens_per_decode
+        return engine.facts.tokens_per_decode, engine.snapshot().tokens_per_decode
 
 
 @pytest.mark.parametrize("scheduling", ["sync", "async"])

@@ -138,6 +138,16 @@ def test_the_budget_fills_the_target_to_within_three_per_cent():
         assert SECONDS(decodes, prefill, decodes * 500) == pytest.approx(0.014, rel=0.03)
 
 
+def test_drafts_that_are_not_found_are_not_given_to_prompts():
+    policy = taught()
+    plain = policy.decide(snapshot(60, waiting=9, prefill_seqs=1)).limits.max_num_batched_tokens
+    speculating = EngineFacts(FACTS.startup_limits, 20_000, 16, tokens_per_decode=6)
+    seen = snapshot(60, waiting=9, prefill_seqs=1)._replace(engine=speculating)
+    most = policy.decide(seen).limits.max_num_batched_tokens
+    lately = policy.decide(seen._replace(tokens_per_decode=1.5)).limits.max_num_batched_tokens
+    assert (most, lately) == (plain + 5 * 60, plain + 30)
+
+
 def test_the_largest_batch_keeps_the_target_beside_the_least_chunk():
     policy = taught()
     for _ in range(CHECK_STEPS):

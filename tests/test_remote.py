@@ -245,6 +245,16 @@ def test_without_a_lease_the_local_policy_decides_and_is_named_a_fallback():
     assert engine.step() is decision  # made once
 
 
+def test_a_fallback_wants_what_the_local_policy_wants():
+    engine = Engine()
+    held_up = Decision(BatchLimits(3, 2048), Source.MEMORY, "held up by what runs", wanted_seqs=2)
+    engine.local.decision = held_up
+    assert engine.step().wanted == held_up.wanted == BatchLimits(2, 2048)
+    engine.step(2.0)
+    (report,) = engine.post.reports
+    assert report.local_limits == BatchLimits(2, 2048)
+
+
 def test_a_lease_decides_to_its_last_moment_and_not_one_longer():
     engine = Engine()
     engine.step()

@@ -75,6 +75,19 @@ def test_a_window_is_shown_as_its_mean_steps_with_events_in_the_last():
     assert snapshot.clock_seconds == 0.25
 
 
+def test_a_speculating_engine_tells_how_many_tokens_its_sequences_take():
+    facts = hello(facts={"tokens_per_decode": 6}).facts
+    policy = Recording()
+    decider = Decider(policy, engine_facts(facts), SafetyBounds())
+    for sequence, told in ((1, {}), (2, {"tokens_per_decode": 1.5})):
+        message = report(sequence, **told)
+        check_report(message, facts)
+        decider.decide(message)
+    _, silent, told = policy.snapshots
+    assert (silent.tokens_per_decode, silent.decode_tokens(10)) == (None, 60)
+    assert (told.tokens_per_decode, told.decode_tokens(10)) == (1.5, 15)
+
+
 def test_an_idle_window_shows_no_step_but_passes_time():
     policy = Recording()
     decider = Decider(policy, FACTS, SafetyBounds())
@@ -284,6 +297,9 @@ def test_a_window_that_cannot_be_real_is_refused(window):
     "fields",
     [
         {"binding": 17},
+        {"tokens_per_decode": 0.5},
+        {"tokens_per_decode": 1.5},  # of an engine that does not speculate
+        {"tokens_per_decode": NAN},
         {"source": "x" * 257},
         {"clamps": {f"reason-{number}": 1 for number in range(33)}},
         {"steps": [pb.StepRecord(seconds=NAN)]},

@@ -11,8 +11,8 @@ STARTUP = BatchLimits(256, 2048)
 FACTS = EngineFacts(STARTUP, total_blocks=1000, block_size=16)
 
 
-def snapshot(running=0, reserved=0, facts=FACTS):
-    return EngineSnapshot(facts, 0.0, running=running, waiting=1, reserved_seqs=reserved)
+def snapshot(running=0, facts=FACTS):
+    return EngineSnapshot(facts, 0.0, running=running, waiting=1)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,6 @@ def test_a_memory_bound_lowers_the_ceiling_but_never_below_what_runs():
     assert shield(STARTUP, snapshot(50), SafetyBounds(), 40).limits.max_num_seqs == 50
 
 
-def test_paused_sessions_hold_their_places():
-    assert shield(BatchLimits(1, 2048), snapshot(5, 3), SafetyBounds()).limits.max_num_seqs == 8
-
-
 def test_without_chunked_prefill_the_longest_prompt_always_fits_a_step():
     facts = EngineFacts(STARTUP, 1000, 16, unchunked_prefill_tokens=2000)
     limits = shield(BatchLimits(64, 512), snapshot(10, facts=facts), SafetyBounds()).limits
@@ -65,6 +61,9 @@ def test_speculating_sequences_take_more_of_a_step():
     facts = EngineFacts(STARTUP, 1000, 16, tokens_per_decode=4)
     limits = shield(BatchLimits(64, 1), snapshot(10, facts=facts), SafetyBounds()).limits
     assert limits.max_num_batched_tokens == 64 + 10 * 4
+    fewer_drafts = snapshot(10, facts=facts)._replace(tokens_per_decode=1.25)
+    limits = shield(BatchLimits(64, 1), fewer_drafts, SafetyBounds()).limits
+    assert limits.max_num_batched_tokens == 64 + 13
 
 
 @given(

@@ -99,6 +99,16 @@ def test_guarded_stands_still_while_its_limit_does_not_bind(binding):
     assert policy.interval == held
 
 
+def test_guarded_learns_nothing_from_a_lower_limit_of_somebody_else():
+    """As when memory allows fewer sequences, or an operator does."""
+    policy = started(SlaGuardedPolicy)
+    held = policy.interval
+    for itl_ms in (10, 50, 20):
+        assert window(policy, itl_ms=itl_ms, batch=40) == 128
+    assert policy.interval == held
+    assert window(policy, itl_ms=20, batch=128) > 128
+
+
 def test_as_published_light_load_shuts_the_door_and_guarded_does_not():
     published, guarded = started(), started(SlaGuardedPolicy)
     for _ in range(30):  # a quiet night: 4 sequences, on target

@@ -117,6 +117,17 @@ def test_a_cost_that_changes_its_shape_is_learned_anew():
     assert np.mean(errors(model, dearer)) < 0.1
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_a_step_that_came_too_soon_among_the_first_does_not_count_for_hundreds(place):
+    """Its result was ready when an engine that had paused asked for it."""
+    rng = random.Random(0)
+    model = StepTimeEstimator()
+    for index in range(300):
+        content = load(rng)
+        model.observe(record(content, H100(*content) * (0.05 if index == place else 1.0)))
+    assert np.quantile(errors(model), 0.95) < 0.05
+
+
 def test_irregular_and_empty_steps_are_not_looked_at():
     model = taught(steps=64)
     before = model.weights, model.steps, model.speed

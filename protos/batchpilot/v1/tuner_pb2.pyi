@@ -191,7 +191,7 @@ class SequenceColumns(_message.Message):
     def __init__(self, kv_tokens: _Optional[_Iterable[int]] = ..., output_tokens: _Optional[_Iterable[int]] = ..., prefill_tokens_left: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("sequence", "window", "source", "binding", "clamps", "dropped_reports", "lease_remaining_ms", "steps", "running", "waiting", "local_limits")
+    __slots__ = ("sequence", "window", "source", "binding", "clamps", "dropped_reports", "lease_remaining_ms", "steps", "running", "waiting", "local_limits", "tokens_per_decode")
     class ClampsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class Report(_message.Message):
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     LOCAL_LIMITS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_DECODE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     window: TelemetryWindow
     source: str
@@ -221,7 +222,8 @@ class Report(_message.Message):
     running: SequenceColumns
     waiting: SequenceColumns
     local_limits: BatchLimits
-    def __init__(self, sequence: _Optional[int] = ..., window: _Optional[_Union[TelemetryWindow, _Mapping]] = ..., source: _Optional[str] = ..., binding: _Optional[_Union[Binding, str]] = ..., clamps: _Optional[_Mapping[str, int]] = ..., dropped_reports: _Optional[int] = ..., lease_remaining_ms: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepRecord, _Mapping]]] = ..., running: _Optional[_Union[SequenceColumns, _Mapping]] = ..., waiting: _Optional[_Union[SequenceColumns, _Mapping]] = ..., local_limits: _Optional[_Union[BatchLimits, _Mapping]] = ...) -> None: ...
+    tokens_per_decode: float
+    def __init__(self, sequence: _Optional[int] = ..., window: _Optional[_Union[TelemetryWindow, _Mapping]] = ..., source: _Optional[str] = ..., binding: _Optional[_Union[Binding, str]] = ..., clamps: _Optional[_Mapping[str, int]] = ..., dropped_reports: _Optional[int] = ..., lease_remaining_ms: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepRecord, _Mapping]]] = ..., running: _Optional[_Union[SequenceColumns, _Mapping]] = ..., waiting: _Optional[_Union[SequenceColumns, _Mapping]] = ..., local_limits: _Optional[_Union[BatchLimits, _Mapping]] = ..., tokens_per_decode: _Optional[float] = ...) -> None: ...
 
 class TuneRequest(_message.Message):
     __slots__ = ("hello", "report")
