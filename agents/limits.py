@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from batchpilot.agents.kv_growth import EVERY_TOKEN, KvGrowth
+
 
 class Source(StrEnum):
     """Who made a decision."""
@@ -67,6 +69,7 @@ class EngineFacts:
             chunked prefill, whole images where those may not be split; else 0.
         prefill_block_tokens: Tokens a prefill advances by where it must end on a block (Mamba
             layers whose state is cached); 0 where any number will do.
+        kv_growth: What a sequence holds of the KV cache, by its context.
     """
 
     startup_limits: BatchLimits
@@ -75,6 +78,7 @@ class EngineFacts:
     tokens_per_decode: int = 1
     unchunked_prefill_tokens: int = 0
     prefill_block_tokens: int = 0
+    kv_growth: KvGrowth = EVERY_TOKEN
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -126,6 +130,8 @@ class EngineSnapshot(NamedTuple):
             knows.
         tokens_per_decode: Tokens one decoding sequence took of a step lately, where that is less
             than the engine's most, for drafts are not always found; None where nobody knows.
+        outside_blocks: Of `used_blocks`, those held outside RUNNING: by paused streaming sessions,
+            by requests whose KV is being loaded or, finished, sent elsewhere.
     """
 
     engine: EngineFacts
@@ -141,6 +147,7 @@ class EngineSnapshot(NamedTuple):
     read_waiting: Callable[[int], Sequence[SequenceState]] = _none_waiting
     prompts_done: int | None = None
     tokens_per_decode: float | None = None
+    outside_blocks: int = 0
 
     @property
     def decode_seqs(self) -> int:
@@ -153,6 +160,16 @@ class EngineSnapshot(NamedTuple):
         if each is None:
             return sequences * self.engine.tokens_per_decode
         return math.ceil(sequences * each)
+
+    @property
+    def blocks_for_running(self) -> int:
+        """KV blocks that sequences in RUNNING hold or can have."""
+        return self.engine.total_blocks - self.outside_blocks
+
+    @property
+    def blocks_of_running(self) -> int:
+        """KV blocks that sequences in RUNNING hold."""
+        return self.used_blocks - self.outside_blocks
 
     @property
     def kv_cache_usage(self) -> float:

@@ -64,8 +64,9 @@ class MemoryPolicy:
         blocks_per_seq = used_blocks / N
         b = floor(total_blocks * memory_factor / blocks_per_seq),  N <= b <= B_max
 
-    and the last b until then. No length has to be known or guessed. Its authors size only while
-    requests wait, too; but who is told in advance, as an engine by a service, must know by then.
+    and the last b until then. Blocks held outside RUNNING are taken from both counts. No length has
+    to be known or guessed. Its authors size only while requests wait, too; but who is told in
+    advance, as an engine by a service, must know by then.
 
     Regimes: young sequences hold little, so b starts high and falls as they grow; in steady state
     it hovers where the cache is `memory_factor` full.
@@ -85,7 +86,7 @@ class MemoryPolicy:
 
     def decide(self, snapshot: EngineSnapshot) -> Decision:
         """Sizes the batch by the blocks a running sequence holds on average."""
-        if snapshot.running and snapshot.used_blocks:
+        if snapshot.running and snapshot.blocks_of_running > 0:
             reason = "blocks held per sequence now"
             self._decision = memory_decision(
                 snapshot, self._limit(snapshot), reason, self._decision
@@ -96,8 +97,8 @@ class MemoryPolicy:
 
     def _limit(self, snapshot: EngineSnapshot) -> int:
         """The b of a snapshot with running sequences that hold blocks, before its bounds."""
-        fillable = snapshot.engine.total_blocks * self._factor
-        return int(fillable * snapshot.running / snapshot.used_blocks)
+        fillable = snapshot.blocks_for_running * self._factor
+        return int(fillable * snapshot.running / snapshot.blocks_of_running)
 
 
 def chance_constrained_limit(
@@ -179,9 +180,10 @@ class MemoryCltPolicy:
         """The b of a length distribution, before its bounds; None while there is none."""
         if lengths is None:
             return None
+        growth, mean = snapshot.engine.kv_growth, lengths.prompt_mean + lengths.mean
         limit = chance_constrained_limit(
-            lengths.prompt_mean + lengths.mean,
-            lengths.prompt_variance + lengths.variance,
+            growth.of_one(mean),
+            (lengths.prompt_variance + lengths.variance) * growth.per_token(mean) ** 2,
             snapshot.engine.kv_capacity_tokens,
             self._epsilon,
         )

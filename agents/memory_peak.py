@@ -58,7 +58,8 @@ class MemoryPeakPolicy:
     with theta = PhiInv(1 - min(eps_M, `TURNOVER_RISK` / N^2)). About every request's coming is such
     a bet: while a batch of N is replaced once it makes N of them, each to gain a share 1/N, and an
     overflow costs the same in any. c_i counts blocks really held: what prefix caching shares or
-    block ends waste is scaled in.
+    block ends waste is scaled in. Where not every layer keeps every token, c_i + t is what a
+    context that long holds (`KvGrowth`). What is held outside RUNNING is taken off eta.
 
     Regimes: until lengths are known to within `LARGEST_RELATIVE_ERROR` it is `memory` with three
     quarters of the cache to fill, as if every sequence were to grow by a third. Then it lets a
@@ -172,17 +173,22 @@ class MemoryPeakPolicy:
     ) -> int:
         computed_now, ages, left = _columns(running)
         new_computed, new_ages, new_left = _columns(waiting)
-        tokens_in_blocks = snapshot.used_blocks * snapshot.engine.block_size
+        engine, growth = snapshot.engine, snapshot.engine.kv_growth
+        tokens_in_blocks = snapshot.blocks_of_running * engine.block_size
         computed = float(computed_now.sum())
-        scale = tokens_in_blocks / computed if computed and tokens_in_blocks else 1.0
-        self.held_share = min(scale, 1.0)
+        scale = self.held_share = 1.0
+        if computed and tokens_in_blocks > 0:
+            scale = tokens_in_blocks / float(growth.held(computed_now).sum())
+            self.held_share = min(tokens_in_blocks / computed, 1.0)
+        # What each holds once its prompt is in.
+        context, new_context = computed_now + left, new_computed + new_left
         return admissible(
-            # What each holds once its prompt is in.
-            Growing((computed_now + left) * scale, ages),
-            Growing((new_computed + new_left) * scale, new_ages),
+            Growing(growth.held(context) * scale, ages, context),
+            Growing(growth.held(new_context) * scale, new_ages, new_context),
             lengths.output,
-            capacity=snapshot.engine.kv_capacity_tokens,
+            capacity=snapshot.blocks_for_running * engine.block_size,
             deviations=self._deviations(len(running)),
+            growth=growth,
         )
 
     def _deviations(self, running: int) -> float:

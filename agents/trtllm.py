@@ -100,7 +100,8 @@ def mean_length_limits(prompt_mean: float, output_mean: float, engine: EngineFac
         engine: Its KV cache and the start-up limits that bound the result.
     """
     startup = engine.startup_limits
-    blocks = math.ceil((prompt_mean + output_mean) / engine.block_size)
+    held_tokens = engine.kv_growth.of_one(prompt_mean + output_mean)
+    blocks = math.ceil(held_tokens / engine.block_size)
     seqs = min(max(engine.total_blocks // blocks, 1), startup.max_num_seqs)
     ratio = prompt_mean / output_mean
     overlapped = seqs * ratio + seqs

@@ -263,17 +263,13 @@ def _vllm_config(config: SchedulerCoreConfig, model: Path) -> Any:
 
 
 def _scheduler(config: SchedulerCoreConfig, vllm_config: Any, scheduler_class: Any) -> Any:
-    import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.structured_output import StructuredOutputManager
 
-    spec = FullAttentionSpec(
-        block_size=config.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
-    )
     kv_cache_config = KVCacheConfig(
         num_blocks=config.kv_blocks,
         kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        kv_cache_groups=_kv_cache_groups(config),
     )
     return scheduler_class(
         vllm_config=vllm_config,
@@ -282,6 +278,17 @@ def _scheduler(config: SchedulerCoreConfig, vllm_config: Any, scheduler_class: A
         block_size=config.block_size,
         log_stats=False,
     )
+
+
+def _kv_cache_groups(config: SchedulerCoreConfig) -> list[Any]:
+    """One group of layers that attend to everything."""
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+
+    spec = FullAttentionSpec(
+        block_size=config.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
+    )
+    return [KVCacheGroupSpec(["layer"], spec)]
 
 
 def _block_hasher(config: SchedulerCoreConfig) -> Any:

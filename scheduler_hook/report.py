@@ -264,7 +264,13 @@ class Reporter:
             self._metrics = None
 
     def _log(self) -> None:
-        """One line, if anything ran since the last."""
+        """One line, if anything ran since the last; one that fails takes no metrics with it."""
+        try:
+            self._log_steps()
+        except Exception:
+            logger.exception("batchpilot could not write its line of the log")
+
+    def _log_steps(self) -> None:
         hook, content, decision = self._hook, self._hook.last_content, self._hook.decision
         steps = sum(hook.stats.steps.values())
         if steps == self._logged_steps or content is None or decision is None:

@@ -115,11 +115,15 @@ class _Steered:
 
     def shutdown(self) -> None:
         """Ends the session with the service and the reporter, then stops vLLM's scheduler."""
-        if self._link is not None:
-            self._link.client.close()
-        if self._reporter is not None:
-            self._reporter.close()
-        super().shutdown()  # type: ignore[misc]
+        try:
+            if self._link is not None:
+                self._link.client.close()
+            if self._reporter is not None:
+                self._reporter.close()
+        except Exception:
+            logger.exception("batchpilot could not end all of its own; vLLM's scheduler stops")
+        finally:
+            super().shutdown()  # type: ignore[misc]
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self.batchpilot.preempting(request)

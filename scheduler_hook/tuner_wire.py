@@ -71,6 +71,7 @@ def report_message(report: EngineReport, facts: ReportFacts) -> wire.Report:
         lease_remaining_ms=None if remaining is None else round(1e3 * remaining),
         local_limits=limits_message(report.local_limits),
         tokens_per_decode=report.snapshot.tokens_per_decode,
+        outside_blocks=report.snapshot.outside_blocks,
     )
     if report.running is not None:
         message.steps.extend(map(step_message, report.steps[-MOST_DETAILED_STEPS:]))
@@ -94,6 +95,8 @@ def facts_message(facts: EngineFacts) -> wire.EngineFacts:
         block_size=facts.block_size,
         tokens_per_decode=facts.tokens_per_decode,
         unchunked_prefill_tokens=facts.unchunked_prefill_tokens,
+        kv_growth_share=facts.kv_growth.share,
+        kv_window_tokens=facts.kv_growth.window_tokens,
     )
 
 

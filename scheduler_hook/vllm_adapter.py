@@ -1,4 +1,4 @@
-"""Every touch of vLLM's scheduler, in one file.
+"""Every touch of vLLM's scheduler, in one file; `kv_groups` reads what its KV cache consists of.
 
 vLLM declares its scheduler interface non-public. What this file relies on is listed in `PARTS` and
 `ERAS`, checked when the scheduler is built, and proved release by release by `make compat`. Where
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 from vllm import __version__ as vllm_version
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler as SyncScheduler
@@ -38,6 +39,7 @@ from batchpilot.agents.limits import (
     FinishedRequest,
     SequenceState,
 )
+from batchpilot.scheduler_hook.kv_groups import block_tokens, kv_growth
 
 __all__ = [
     "AsyncScheduler",
@@ -96,6 +98,7 @@ PARTS = (
     "kv_cache_config.kv_cache_groups",
     "scheduler_config.async_scheduling",
     "scheduler_config.enable_chunked_prefill",
+    "scheduler_config.long_prefill_token_threshold",
     "vllm_config.additional_config",
     "vllm_config.model_config.runner_type",
     "vllm_config.model_config.max_model_len",
@@ -126,6 +129,8 @@ WRAPPED_METHODS = (
 #: Final statuses of requests whose output would have gone on.
 CUT_SHORT = ("FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED")
 _NO_PREFILL = (0, 0, 0)
+#: Steps from one look at who holds KV blocks outside RUNNING to the next.
+LOOK_OUTSIDE_STEPS = 16
 #: What remains, a step later, of the most tokens a decoding sequence took: drafts come and go.
 DRAFTS_KEPT = 0.9
 
@@ -252,17 +257,25 @@ class VllmAdapter:
         self._limit_name = era.limit
         self._counts_paused = era.counts_paused
         self._block_pool = scheduler.kv_cache_manager.block_pool
-        # Groups (hybrid attention) share one pool, and each token takes a block in every group.
-        self._groups = len(scheduler.kv_cache_config.kv_cache_groups)
+        # Groups (hybrid attention) share one pool: a block of tokens is one block in each.
+        groups = scheduler.kv_cache_config.kv_cache_groups
+        self._groups = len(groups)
+        parallel = scheduler.vllm_config.parallel_config
+        block_size = block_tokens(
+            groups,
+            scheduler.block_size,
+            getattr(parallel, "decode_context_parallel_size", 1),
+        )
         self.facts = EngineFacts(
             startup_limits=BatchLimits(
                 getattr(scheduler, self._limit_name), scheduler.max_num_scheduled_tokens
             ),
             total_blocks=max(1, self._usable_blocks() // self._groups),
-            block_size=scheduler.block_size,
+            block_size=block_size,
             tokens_per_decode=1 + scheduler.num_spec_tokens,
             unchunked_prefill_tokens=_unchunked_tokens(scheduler),
             prefill_block_tokens=scheduler.block_size if _splits_at_blocks(scheduler) else 0,
+            kv_growth=kv_growth(groups, block_size),
         )
         # Requests admitted and not yet finished, and those of them that still prefill.
         self._admitted: dict[str, Any] = {}
@@ -271,9 +284,15 @@ class VllmAdapter:
         self._tokens_per_decode: float | None = None
         if self.facts.tokens_per_decode > 1:
             self._tokens_per_decode = float(self.facts.tokens_per_decode)
+        # Tokens of a long prompt that one step takes at most, as vLLM was started; 0 for no such
+        # bound, and where whole prompts or images must fit a step, for which it is no matter.
+        self._long_prefill_tokens = 0
+        if not self.facts.unchunked_prefill_tokens:
+            self._long_prefill_tokens = int(scheduler.scheduler_config.long_prefill_token_threshold)
         self._running_before = 0
         self._preempted_since = self._prompts_done = 0
         self._all_blocks = self._usable_blocks()
+        self._outside = self._looked_outside = self._paused = 0
         self._whole: dict[Any, bool] = {}
         # Bound once, not in each snapshot.
         self._read_running, self._read_waiting = self.read_running, self.read_waiting
@@ -294,14 +313,31 @@ class VllmAdapter:
         seqs, startup = limits.max_num_seqs + self._reserved(), self.facts.startup_limits
         if seqs > startup.max_num_seqs:
             seqs = startup.max_num_seqs
-        setattr(self._scheduler, self._limit_name, seqs)
-        self._scheduler.max_num_scheduled_tokens = limits.max_num_batched_tokens
+        scheduler, tokens = self._scheduler, limits.max_num_batched_tokens
+        setattr(scheduler, self._limit_name, seqs)
+        scheduler.max_num_scheduled_tokens = tokens
+        if self._long_prefill_tokens:
+            scheduler.scheduler_config.long_prefill_token_threshold = self._largest_chunk(tokens)
 
     def restore(self) -> None:
         """Puts the start-up limits back, by itself: `apply` may be what failed."""
         startup = self.facts.startup_limits
         setattr(self._scheduler, self._limit_name, startup.max_num_seqs)
         self._scheduler.max_num_scheduled_tokens = startup.max_num_batched_tokens
+        if self._long_prefill_tokens:
+            config = self._scheduler.scheduler_config
+            config.long_prefill_token_threshold = self._long_prefill_tokens
+
+    def _largest_chunk(self, tokens: int) -> int:
+        """`long_prefill_token_threshold` for a token budget: the same share of it as at the start.
+
+        With a threshold others run behind a long prompt, which is to leave them their tokens: vLLM
+        gives out the budget in the order of RUNNING.
+        """
+        facts, own = self.facts, self._long_prefill_tokens
+        share = own * tokens // facts.startup_limits.max_num_batched_tokens
+        decodes = len(self._scheduler.running) * facts.tokens_per_decode
+        return min(own, max(min(share, tokens - decodes), facts.prefill_block_tokens, 1))
 
     def snapshot(self, clock_seconds: float, binding: Binding) -> EngineSnapshot:
         """Reads the state a policy sees; O(1) and the prefills under way."""
@@ -326,6 +362,7 @@ class VllmAdapter:
             self._read_waiting,
             self._prompts_done,
             self._tokens_per_decode,
+            self._outside_blocks(running + queued),
         )
 
     def _forget_aborted_prefills(self) -> None:
@@ -346,6 +383,40 @@ class VllmAdapter:
         """KV blocks that requests hold, per group."""
         held: int = self._all_blocks - self._block_pool.get_num_free_blocks()
         return held if self._groups == 1 else held // self._groups
+
+    def _outside_blocks(self, queued_or_running: int) -> int:
+        """KV blocks held outside RUNNING, as last looked at: a look costs O(requests).
+
+        It looks when a session pauses or goes on, and now and then.
+        """
+        scheduler = self._scheduler
+        paused = scheduler.num_waiting_for_streaming_input
+        if (
+            not paused
+            and len(scheduler.requests) <= queued_or_running
+            and getattr(scheduler, "connector", None) is None
+        ):
+            return 0
+        self._looked_outside -= 1
+        if self._looked_outside < 0 or paused != self._paused:
+            self._looked_outside = LOOK_OUTSIDE_STEPS
+            self._paused = paused
+            self._outside = self._look_outside()
+        return min(self._outside, self.used_blocks())
+
+    def _look_outside(self) -> int:
+        """KV blocks of requests that are not in RUNNING: paused, loading, or ended and sending."""
+        inside = {request.request_id for request in self._scheduler.running}
+        block_size = self.facts.block_size
+        held = np.array(
+            [
+                request.num_computed_tokens
+                for request_id, request in self._scheduler.requests.items()
+                if request_id not in inside
+            ],
+            dtype=np.float64,
+        )
+        return int(np.ceil(self.facts.kv_growth.held(held) / block_size).sum())
 
     def read_running(self) -> Sequence[SequenceState]:
         """Every sequence in RUNNING; O(N)."""

@@ -146,6 +146,7 @@ class Decider:
             tokens_per_decode=(
                 report.tokens_per_decode if report.HasField("tokens_per_decode") else None
             ),
+            outside_blocks=report.outside_blocks,
         )
 
 

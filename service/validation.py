@@ -66,6 +66,10 @@ def check_hello(message: pb.EngineHello) -> None:
     _between("total_blocks", facts.total_blocks, 1, LARGEST_BLOCKS)
     _between("block_size", facts.block_size, 1, LARGEST_BLOCK_SIZE)
     _between("tokens_per_decode", facts.tokens_per_decode, 1, startup.max_num_batched_tokens)
+    if facts.HasField("kv_growth_share"):
+        _between("kv_growth_share", facts.kv_growth_share, 0, 1)
+        least = 0 if facts.kv_growth_share == 1 else 1
+        _between("kv_window_tokens", facts.kv_window_tokens, least, LARGEST_TOKENS)
     _at_most("unchunked_prefill_tokens", facts.unchunked_prefill_tokens, LARGEST_TOKENS)
     _at_most("min_num_seqs", message.min_num_seqs, startup.max_num_seqs)
     _at_most("min_prefill_chunk", message.min_prefill_chunk, LARGEST_TOKENS)
@@ -103,6 +107,7 @@ def check_report(report: pb.Report, facts: pb.EngineFacts) -> None:
         )
     if window.used_blocks > facts.total_blocks:
         raise ReportError(f"used_blocks={window.used_blocks} must be at most {facts.total_blocks}")
+    _at_most("outside_blocks", report.outside_blocks, window.used_blocks)
     if window.kv_bound_steps + window.seqs_bound_steps + window.tokens_bound_steps > steps:
         raise ReportError(f"more steps were bound than the {steps} there were")
     _check_sums(window, facts)

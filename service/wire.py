@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from batchpilot.agents.features import LatencyTargets
+from batchpilot.agents.kv_growth import EVERY_TOKEN, KvGrowth
 from batchpilot.agents.limits import (
     BatchLimits,
     Binding,
@@ -63,6 +64,11 @@ def engine_facts(message: pb.EngineFacts) -> EngineFacts:
         block_size=message.block_size,
         tokens_per_decode=message.tokens_per_decode,
         unchunked_prefill_tokens=message.unchunked_prefill_tokens,
+        kv_growth=(
+            KvGrowth(message.kv_growth_share, message.kv_window_tokens)
+            if message.HasField("kv_growth_share")
+            else EVERY_TOKEN
+        ),
     )
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchpilot.agents.future_peak import AGE_GROUPS, Growing, admissible, forecast
+from batchpilot.agents.kv_growth import EVERY_TOKEN, KvGrowth
 from batchpilot.agents.survival import SurvivalCurve, SurvivalSample
 
 LENGTHS = np.ceil(np.random.default_rng(0).lognormal(4.0, 0.8, 400))
@@ -28,13 +29,15 @@ SEQUENCES = st.lists(st.tuples(st.integers(0, 600), st.integers(0, 200)), max_si
 SOME = SEQUENCES.filter(bool)
 
 
-def simulated(running, steps, futures=4000):
+def simulated(running, steps, futures=4000, growth=EVERY_TOKEN):
     """Memory at each step in many futures, lengths drawn from those seen; shape (futures, t)."""
     rng = np.random.default_rng(1)
     memory = np.zeros((futures, len(steps)))
-    for held, age in zip(*running, strict=True):
+    context = running.held if running.context is None else running.context
+    for held, age, tokens in zip(running.held, running.ages, context, strict=True):
         ends = rng.choice(LENGTHS[age < LENGTHS], futures) - age
-        memory += np.where(steps <= ends[:, None], held + steps, 0.0)
+        grown = growth.held(tokens + steps) - growth.held(tokens)
+        memory += np.where(steps <= ends[:, None], held + grown, 0.0)
     return memory
 
 
@@ -48,6 +51,34 @@ def test_mean_and_variance_are_those_of_simulated_futures():
     memory = simulated(running, got.steps[early])
     assert got.mean[early] == pytest.approx(memory.mean(axis=0), rel=0.02)
     assert np.sqrt(got.variance[early]) == pytest.approx(memory.std(axis=0), rel=0.06, abs=1)
+
+
+@pytest.mark.parametrize(
+    "growth",
+    [KvGrowth(1 / 6, 128), KvGrowth(0.5, 1024), KvGrowth(0.25, 16)],
+    ids=["five of six windowed", "half, hardly filled", "three of four constant"],
+)
+def test_layers_that_keep_a_window_grow_only_until_it_is_full(growth):
+    rng = np.random.default_rng(2)
+    context = rng.integers(50, 900, 20).astype(float)
+    running = Growing(growth.held(context), rng.integers(0, 60, 20).astype(float), context)
+    got = forecast(running, OUTPUT, growth)
+    early = got.steps <= 200
+    memory = simulated(running, got.steps[early], growth=growth)
+    assert got.mean[early] == pytest.approx(memory.mean(axis=0), rel=0.03)
+    assert got.mean.max() <= forecast(running, OUTPUT).mean.max()
+
+
+def test_more_requests_are_admissible_where_layers_keep_a_window():
+    growth = KvGrowth(0.25, 100)
+    context = np.full(10, 100.0)  # every window is full
+    run = Growing(context, np.zeros(10), context)
+    wait = Growing(context, np.zeros(10), context)
+    admitted = [
+        admissible(run, wait, ALL_ALIKE, capacity=2000, growth=kind)
+        for kind in (EVERY_TOKEN, growth)
+    ]
+    assert admitted == [0, 6]  # of 200 tokens each at their end, and of 125
 
 
 def test_many_sequences_in_groups_are_forecast_as_they_are_one_by_one():

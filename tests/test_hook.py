@@ -421,7 +421,7 @@ def test_an_engine_that_does_not_speculate_has_one_token_for_each_sequence():
     assert (snapshot.tokens_per_decode, snapshot.decode_tokens(7)) == (None, 7)
 
 
-def start_streaming_sessions(core, count):
+def start_streaming_sessions(core, count, prompt=9):
     """Sessions whose first segment is answered, so that they pause until the next one comes."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.request import Request
@@ -429,7 +429,7 @@ def start_streaming_sessions(core, count):
     for place in range(count):
         sampling = SamplingParams(max_tokens=2, ignore_eos=True)
         core.scheduler.add_request(
-            Request(f"session{place}", [5] * 9, sampling, pooling_params=None, resumable=True)
+            Request(f"session{place}", [5] * prompt, sampling, pooling_params=None, resumable=True)
         )
     while core.scheduler.num_waiting_for_streaming_input < count:
         list(core.complete(core.schedule()))
@@ -464,6 +464,63 @@ def test_paused_streaming_sessions_do_not_take_the_places_a_policy_gives(limit):
     waited = [record for record in policy.records if record.binding is not Binding.NONE]
     assert {record.binding for record in waited} == {Binding.MAX_NUM_SEQS}
     assert core.scheduler.num_waiting_for_streaming_input == 8
+
+
+@pytest.mark.parametrize("policy", ["memory", "memory-peak"])
+def test_what_paused_streaming_sessions_hold_is_not_charged_to_those_who_run(policy):
+    core = build_core(async_scheduling=False, enable_prefix_caching=False)
+    start_streaming_sessions(core, 8, prompt=100)
+    core.hook.set_policy(PolicySpec.parse(policy).build())
+    for place in range(6):
+        core.add_request(EngineRequest(f"r{place}", [5] * 4, 8))
+    assert core.hook.snapshot().outside_blocks == 8 * 7 == core.hook.snapshot().used_blocks
+    assert serve_for(core, 40) == (6, 6)  # a block each, of the eight that are left
+
+
+def test_nothing_is_held_outside_where_all_who_hold_blocks_run():
+    core = build_core(async_scheduling=False)
+    core.hook.set_policy(policy := Fixed(seqs=2))
+    for request in random_requests(0, count=5):
+        core.add_request(request)
+    assert serve_for(core, 10)[0] == len(policy.records[-1:]) + 1
+    assert core.hook.snapshot().used_blocks > core.hook.snapshot().outside_blocks == 0
+
+
+@pytest.fixture
+def long_prompts(monkeypatch):
+    """A scheduler whose long prompts take half of its budget at most, and its adapter."""
+    core = build_core(async_scheduling=False, kv_blocks=201)
+    config = core.scheduler.scheduler_config
+    monkeypatch.setattr(config, "long_prefill_token_threshold", 128)
+    core.hook._adapter = VllmAdapter(core.scheduler)
+    return core
+
+
+def test_a_long_prompt_leaves_those_behind_it_their_tokens_in_a_smaller_budget(long_prompts):
+    """With a threshold others run behind an unfinished prompt, and vLLM serves in order."""
+    core = long_prompts
+    core.hook.set_policy(Fixed(seqs=8, tokens=70))
+    core.add_request(EngineRequest("long", [5] * 1500, 2))
+    for name in "abc":
+        core.add_request(EngineRequest(name, [7] * 9, 12))
+    decoded = []
+    for _ in range(12):
+        output = core.schedule()
+        decoded.append({*output.num_scheduled_tokens})
+        list(core.complete(output))
+    assert decoded[3:] == [{"long", "a", "b", "c"}] * 9
+
+
+def test_the_threshold_keeps_its_share_of_the_budget_and_comes_back(long_prompts):
+    core, adapter = long_prompts, long_prompts.hook._adapter
+    config = core.scheduler.scheduler_config
+    thresholds = []
+    for tokens in (256, 128, 64, 1):
+        adapter.apply(BatchLimits(8, tokens))
+        thresholds.append(config.long_prefill_token_threshold)
+    assert thresholds == [128, 64, 32, 1]
+    adapter.restore()
+    assert config.long_prefill_token_threshold == 128
 
 
 def test_the_start_up_limit_counts_paused_streaming_sessions_as_stock_vllm_does():

@@ -47,18 +47,22 @@ class BatchLimits(_message.Message):
     def __init__(self, max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ...) -> None: ...
 
 class EngineFacts(_message.Message):
-    __slots__ = ("startup_limits", "total_blocks", "block_size", "tokens_per_decode", "unchunked_prefill_tokens")
+    __slots__ = ("startup_limits", "total_blocks", "block_size", "tokens_per_decode", "unchunked_prefill_tokens", "kv_growth_share", "kv_window_tokens")
     STARTUP_LIMITS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_DECODE_FIELD_NUMBER: _ClassVar[int]
     UNCHUNKED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_GROWTH_SHARE_FIELD_NUMBER: _ClassVar[int]
+    KV_WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     startup_limits: BatchLimits
     total_blocks: int
     block_size: int
     tokens_per_decode: int
     unchunked_prefill_tokens: int
-    def __init__(self, startup_limits: _Optional[_Union[BatchLimits, _Mapping]] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., tokens_per_decode: _Optional[int] = ..., unchunked_prefill_tokens: _Optional[int] = ...) -> None: ...
+    kv_growth_share: float
+    kv_window_tokens: int
+    def __init__(self, startup_limits: _Optional[_Union[BatchLimits, _Mapping]] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., tokens_per_decode: _Optional[int] = ..., unchunked_prefill_tokens: _Optional[int] = ..., kv_growth_share: _Optional[float] = ..., kv_window_tokens: _Optional[int] = ...) -> None: ...
 
 class EngineHello(_message.Message):
     __slots__ = ("id", "facts", "model_name", "vllm_version", "batchpilot_version", "itl_slo_ms", "ttft_slo_ms", "min_num_seqs", "min_prefill_chunk", "follows_targets")
@@ -191,7 +195,7 @@ class SequenceColumns(_message.Message):
     def __init__(self, kv_tokens: _Optional[_Iterable[int]] = ..., output_tokens: _Optional[_Iterable[int]] = ..., prefill_tokens_left: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("sequence", "window", "source", "binding", "clamps", "dropped_reports", "lease_remaining_ms", "steps", "running", "waiting", "local_limits", "tokens_per_decode")
+    __slots__ = ("sequence", "window", "source", "binding", "clamps", "dropped_reports", "lease_remaining_ms", "steps", "running", "waiting", "local_limits", "tokens_per_decode", "outside_blocks")
     class ClampsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +215,7 @@ class Report(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     LOCAL_LIMITS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_DECODE_FIELD_NUMBER: _ClassVar[int]
+    OUTSIDE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     window: TelemetryWindow
     source: str
@@ -223,7 +228,8 @@ class Report(_message.Message):
     waiting: SequenceColumns
     local_limits: BatchLimits
     tokens_per_decode: float
-    def __init__(self, sequence: _Optional[int] = ..., window: _Optional[_Union[TelemetryWindow, _Mapping]] = ..., source: _Optional[str] = ..., binding: _Optional[_Union[Binding, str]] = ..., clamps: _Optional[_Mapping[str, int]] = ..., dropped_reports: _Optional[int] = ..., lease_remaining_ms: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepRecord, _Mapping]]] = ..., running: _Optional[_Union[SequenceColumns, _Mapping]] = ..., waiting: _Optional[_Union[SequenceColumns, _Mapping]] = ..., local_limits: _Optional[_Union[BatchLimits, _Mapping]] = ..., tokens_per_decode: _Optional[float] = ...) -> None: ...
+    outside_blocks: int
+    def __init__(self, sequence: _Optional[int] = ..., window: _Optional[_Union[TelemetryWindow, _Mapping]] = ..., source: _Optional[str] = ..., binding: _Optional[_Union[Binding, str]] = ..., clamps: _Optional[_Mapping[str, int]] = ..., dropped_reports: _Optional[int] = ..., lease_remaining_ms: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepRecord, _Mapping]]] = ..., running: _Optional[_Union[SequenceColumns, _Mapping]] = ..., waiting: _Optional[_Union[SequenceColumns, _Mapping]] = ..., local_limits: _Optional[_Union[BatchLimits, _Mapping]] = ..., tokens_per_decode: _Optional[float] = ..., outside_blocks: _Optional[int] = ...) -> None: ...
 
 class TuneRequest(_message.Message):
     __slots__ = ("hello", "report")
