@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from batchpilot.agents.actions import ACTION_SIZE, ActionScale
-from batchpilot.agents.features import FEATURE_NAMES, LatencyTargets, observation
+from batchpilot.agents.features import FEATURE_NAMES, observation
 from batchpilot.agents.limits import BatchLimits
 from batchpilot.agents.parameters import ConfigError, parameter
 from batchpilot.agents.telemetry import TelemetryWindow
@@ -140,7 +140,7 @@ class ServedBatchLimitsEnv(gymnasium.Env[Observation, Any]):
             engine.close()
 
     def _observe(self, engine: ServedEngine, window: TelemetryWindow) -> Observation:
-        return observation(window, engine.facts, LatencyTargets(itl_slo_ms=engine.itl_slo_ms))
+        return observation(window, engine.facts, engine.targets)
 
     def _reward(self, window: TelemetryWindow) -> float:
         p, seconds = self.params, max(window.seconds, 1e-9)

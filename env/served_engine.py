@@ -20,6 +20,8 @@ from typing import Any, Self
 
 import grpc
 
+from batchpilot.agents.features import LatencyTargets
+from batchpilot.agents.kv_growth import EVERY_TOKEN, KvGrowth
 from batchpilot.agents.limits import BatchLimits, Binding, EngineFacts
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.agents.telemetry import TelemetryWindow
@@ -119,13 +121,22 @@ class ServedEngine:
             block_size=facts.block_size,
             tokens_per_decode=facts.tokens_per_decode,
             unchunked_prefill_tokens=facts.unchunked_prefill_tokens,
+            kv_growth=(
+                KvGrowth(facts.kv_growth_share, facts.kv_window_tokens)
+                if facts.HasField("kv_growth_share")
+                else EVERY_TOKEN
+            ),
         )
 
     @property
-    def itl_slo_ms(self) -> float | None:
-        """The inter-token target that its operator set."""
-        hello = self._status.hello
-        return hello.itl_slo_ms if hello.HasField("itl_slo_ms") else None
+    def targets(self) -> LatencyTargets:
+        """The latency targets in force: its operator's own, else its group's."""
+        status, found = self._status, {}
+        for name in ("itl_slo_ms", "ttft_slo_ms"):
+            # An older service does not say which are in force.
+            source = status if status.HasField(name) else status.hello
+            found[name] = getattr(source, name) if source.HasField(name) else None
+        return LatencyTargets(**found)
 
     @property
     def applied_limits(self) -> BatchLimits:

@@ -14,13 +14,23 @@ from batchpilot.__main__ import main
 from batchpilot.agents.limits import BatchLimits, Decision, EngineFacts, EngineSnapshot, Source
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.registry import PolicyRegistry
+from batchpilot.agents.training.run_config import family_names, make_run_config
+from batchpilot.env.bench.contestants import Contestant
 from batchpilot.env.bench.plan import build_round_workload
 from batchpilot.env.contest.scenario import estimated_capacity
-from batchpilot.env.gate.evaluate import GateRun, ShieldWatch, gate_tasks, run_gate, run_task
+from batchpilot.env.gate.evaluate import (
+    GateRun,
+    GateTask,
+    ShieldWatch,
+    gate_tasks,
+    run_gate,
+    run_task,
+)
 from batchpilot.env.gate.settings import Rules, load_gate_settings
 from batchpilot.env.gate.statistics import bootstrap_gain, relative_gains
 from batchpilot.env.gate.verdict import Verdict, judge
 from batchpilot.env.profiles import load_profile
+from batchpilot.env.scenarios import ScenarioRanges
 
 CELLS = ("a", "b", "c")
 SEEDS = (1, 2, 3, 4)
@@ -176,11 +186,33 @@ def test_what_comes_with_batchpilot_is_sound():
     assert len(tasks) == 2 * settings.rounds * len(settings.cells)
 
 
+def test_no_profile_of_its_cells_is_trained_on_by_default_or_in_a_bundled_family():
+    held_out = {cell.settings.profile for cell in load_gate_settings().cells}
+    for name in family_names():
+        scenarios = make_run_config({}, name, {}).recipe.settings.get("scenarios", {})
+        profiles = scenarios.get("profiles", ScenarioRanges().profiles)
+        assert held_out.isdisjoint(profiles), name
+    assert held_out.isdisjoint(ScenarioRanges().profiles)
+
+
 CELL = (
     "{name: small, profile: llama-3.1-8b-rtx4090, "
     "workload: 'lognormal:prompt_mean=600:output_mean=40', "
     "arrivals: 'poisson:14', num_requests: 50, itl_slo_ms: 35, ttft_slo_ms: 2000}"
 )
+
+
+def test_a_seed_is_of_the_noise_too(tmp_path):
+    """A trace is the same under every seed; its runs are not."""
+    path = tmp_path / "gate.yaml"
+    path.write_text(
+        "cells: [{name: trace, profile: llama-3.1-8b-h100, workload: azure-2023-conv, noise: 0.05,"
+        " num_requests: 20, itl_slo_ms: 35}]"
+    )
+    (cell,) = load_gate_settings(path).cells
+    tasks = [GateTask(cell, Contestant.parse("static"), seed) for seed in (0, 1, 0)]
+    first, other, again = (run_task(task).tokens_per_s for task in tasks)
+    assert first == again != other
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tuner_double import until
 
 import batchpilot.env.registration as registration
 from batchpilot.agents.catalog import PolicySpec
+from batchpilot.agents.features import LatencyTargets
 from batchpilot.agents.limits import BatchLimits
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.engine import EngineRequest
@@ -63,7 +64,7 @@ class Server:
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     path = tmp_path_factory.mktemp("service") / "service.yaml"
-    path.write_text("default: {lease_ms: 20000}\n")
+    path.write_text("default: {lease_ms: 20000, itl_slo_ms: 99, ttft_slo_ms: 700}\n")
     with ServiceProcess("static:max_num_seqs=20", "--config", str(path)) as service:
         yield service.target
 
@@ -86,7 +87,8 @@ def test_it_sees_what_the_server_reports(server, target):
     with ServedEngine(config(target)) as engine:
         assert engine.name == "node-1"
         assert engine.facts.startup_limits == BatchLimits(32, 2048)
-        assert engine.itl_slo_ms == 40
+        # Its own, and its group's.
+        assert engine.targets == LatencyTargets(itl_slo_ms=40, ttft_slo_ms=700)
         window = engine.collect(1.0)
     assert 0 < window.running <= 20
     assert window.waiting > 0

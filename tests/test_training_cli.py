@@ -34,6 +34,10 @@ def train(*words: Any) -> int:
     return main(["train", *map(str, words)])
 
 
+def best_step(out: Path) -> int:
+    return int(json.loads((out / "best" / "figures.json").read_text())["step"])
+
+
 def test_a_run_leaves_everything_behind_and_goes_on(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -46,7 +50,7 @@ def test_a_run_leaves_everything_behind_and_goes_on(
     for name in ("agent", "static", "memory-peak"):
         assert f" {name} " in printed
     artefact = load_artefact(out / "policy")
-    assert artefact.label == "tiny@48"
+    assert artefact.label == f"tiny@{best_step(out)}"  # the best one's steps, not the run's
     figures = json.loads((out / "evaluation.json").read_text())["figures"]
     assert artefact.manifest.evaluation == figures["agent"]
     assert set(figures) == {"agent", "static", "memory-peak"}
@@ -62,7 +66,7 @@ def test_a_run_leaves_everything_behind_and_goes_on(
     assert environment["stable-baselines3"]
 
     assert train("--resume", out, "--timesteps", 64) == 0
-    assert load_artefact(out / "policy").label == "tiny@64"
+    assert load_artefact(out / "policy").label == f"tiny@{best_step(out)}"
     steps = [line.split(",")[0] for line in (out / "evaluations.csv").read_text().splitlines()]
     assert steps == ["step", "0", "32", "48", "64"]
     assert len((out / "command.txt").read_text().splitlines()) == 2
@@ -77,6 +81,7 @@ def test_a_run_leaves_everything_behind_and_goes_on(
     (out / "evaluation.json").unlink()
     assert train("--resume", out, "--export", "last") == 0
     assert (out / "evaluation.json").exists()
+    assert load_artefact(out / "policy").label == "tiny@64"
     again = [line.split(",")[0] for line in (out / "evaluations.csv").read_text().splitlines()]
     assert again == steps
 
@@ -145,6 +150,10 @@ def test_a_run_is_not_overwritten_nor_changed_when_it_goes_on(
     (out / "config.yaml").write_text(config.to_text())
     assert train("--resume", out, "--seed", 4) == 2
     assert "--seed cannot change when a run goes on" in capsys.readouterr().err
+    for words in (("--action-design", "grid"), ("--config", "demo"), ("--tune",)):
+        assert train("--resume", out, *words) == 2
+        error = f"{words[0]} cannot be given when a run goes on"
+        assert error in capsys.readouterr().err
     assert train("--resume", out, "--timesteps", "few") == 2
     assert "timesteps='few' is not a whole number" in capsys.readouterr().err
     (out / "checkpoints" / "step-0000000010").mkdir(parents=True)

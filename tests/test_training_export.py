@@ -13,11 +13,13 @@ from training_runs import small_config
 
 from batchpilot.agents.artefact import load_artefact
 from batchpilot.agents.catalog import PolicySpec
+from batchpilot.agents.features import LatencyTargets
 from batchpilot.agents.learned_model import OnnxModel, probe_observations
 from batchpilot.agents.training import export
 from batchpilot.agents.training.algorithms import ALGORITHMS, build_model
 from batchpilot.agents.training.export import export_policy
 from batchpilot.agents.training.recipes import build_vector
+from batchpilot.agents.training.run_config import make_run_config
 from batchpilot.env.batch_limits_env import BatchLimitsEnv
 
 FAST = ("ppo", "sac", "dqn")
@@ -62,6 +64,15 @@ def test_the_manifest_says_how_it_was_trained(tmp_path: Path):
     assert manifest.targets.itl_slo_ms == 25
     assert manifest.training == {"steps": 12, "seed": 0, "environment": "virtual"}
     assert manifest.config_sha256 == export.sha256_hex(config.to_text().encode())
+
+
+def test_a_policy_trained_on_drawn_targets_stands_in_for_none(tmp_path: Path):
+    """What an operator leaves out stays out, for the base policy too."""
+    drawn = make_run_config({}, None, {})
+    assert (drawn.recipe.kind, export._targets(drawn, export.env_parameters(drawn))) == (
+        "random",
+        LatencyTargets(None, None),
+    )
 
 
 def test_the_policy_acts_in_an_engine_as_the_agent_did_in_training(tmp_path: Path):

@@ -15,6 +15,7 @@ from batchpilot.agents.training.hyperparameters import (
     schedule,
 )
 from batchpilot.agents.training.run_config import make_run_config, read_run_config
+from batchpilot.agents.training.tune import _with_values
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -104,6 +105,15 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path):
 def test_runs_that_cannot_be(given: dict[str, Any], settings: dict[str, Any], error: str):
     with pytest.raises(ConfigError, match=error):
         make_run_config(given, None, settings)
+
+
+def test_a_search_keeps_the_shaping_of_the_reward_neutral():
+    found = {"learning_rate": 1e-3, "gamma": 0.91}
+    config = make_run_config({}, None, {})
+    tuned = _with_values(config, found)
+    assert tuned.hyperparameters.gamma == 0.91 == tuned.recipe.settings["shaping_discount"]
+    own = make_run_config({}, None, {"shaping_discount": 0.5})
+    assert _with_values(own, found).recipe.settings["shaping_discount"] == 0.5
 
 
 def test_files_that_cannot_be_used(tmp_path: Path):

@@ -45,6 +45,10 @@ EXIT_INTERRUPTED = 130
 PLAIN_WIDTH = 110
 #: What a run that goes on may be given anew.
 _MAY_CHANGE = ("timesteps", "workers", "test_episodes", "name", "export")
+#: What only a run that begins may be given.
+_OF_A_NEW_RUN = (
+    *("out", "config", "env", "action_design", "base_policy", "history", "horizon_s", "tune"),
+)
 #: The seeds of the last comparison; those of evaluations during training chose the best model.
 TEST_SEED = 2 * EVALUATION_SEED
 
@@ -119,6 +123,8 @@ def finish(config: RunConfig, folder: RunFolder, result: TrainingResult) -> list
         The agent's evaluation, then the baselines'.
     """
     model = folder.path / config.run.export / "model.zip"
+    best = folder.best_step() if config.run.export == "best" else None
+    steps = result.steps if best is None else best
     compared = compare(
         config,
         model,
@@ -135,8 +141,8 @@ def finish(config: RunConfig, folder: RunFolder, result: TrainingResult) -> list
     )
     policy = folder.path / "policy"
     if config.recipe.kind != "live" or not policy.exists():
-        _export(config, folder, result, model, figures["agent"])
-    print_comparison(compared, result.steps)
+        _export(config, folder, steps, model, figures["agent"])
+    print_comparison(compared, steps)
     print(f"policy: {policy}  curves: {folder.path / 'curves.png'}", file=sys.stderr)
     return compared
 
@@ -184,6 +190,9 @@ def _prepare(args: argparse.Namespace) -> tuple[RunFolder, RunConfig]:
 
 
 def _resumed(args: argparse.Namespace) -> tuple[RunFolder, RunConfig]:
+    for name in _OF_A_NEW_RUN:
+        if getattr(args, name):
+            raise ConfigError(f"{option(name)} cannot be given when a run goes on")
     folder = RunFolder(Path(args.resume))
     config = folder.read_config()
     given = {item.name: getattr(args, item.name) for item in fields(RunSettings)}
@@ -217,21 +226,20 @@ def _tuned(
 def _export(
     config: RunConfig,
     folder: RunFolder,
-    result: TrainingResult,
+    steps: int,
     path: Path,
     figures: dict[str, Any],
 ) -> None:
     vector = build_vector(config.recipe, 1)
     try:
         model = load_trained(config, path, vector)
-        version = str(result.steps)
         export_policy(
             model,
             config,
             folder.fresh_policy(),
             name=config.run.name,
-            version=version,
-            steps=result.steps,
+            version=str(steps),
+            steps=steps,
             evaluation=figures,
         )
     finally:

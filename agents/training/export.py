@@ -150,7 +150,7 @@ def export_policy(
         action=settings.actions,
         base_policy="memory+sla" if settings.action_design == "absolute" else settings.base_policy,
         decision_interval_s=settings.decision_interval_s,
-        targets=LatencyTargets(settings.itl_slo_ms, settings.ttft_slo_ms),
+        targets=_targets(config, settings),
         onnx_sha256=sha256_hex(onnx),
         created_at=utc_now(),
         git_commit=git_commit(),
@@ -172,6 +172,16 @@ def env_parameters(config: RunConfig) -> EnvParameters:
     kind = LiveEnvParameters if config.recipe.kind == "live" else VirtualEnvParameters
     settings = {k: v for k, v in config.recipe.settings.items() if k != "scenarios"}
     return cast(EnvParameters, kind.from_mapping(settings, where="settings"))
+
+
+def _targets(config: RunConfig, settings: EnvParameters) -> LatencyTargets:
+    """The targets it was trained for; none where each episode drew its own.
+
+    They stand in for those that an operator leaves out, in the base policy too.
+    """
+    if config.recipe.kind == "random":
+        return LatencyTargets()
+    return LatencyTargets(settings.itl_slo_ms, settings.ttft_slo_ms)
 
 
 def onnx_bytes(exported: nn.Module, observation_size: int) -> bytes:

@@ -125,10 +125,19 @@ class RunFolder:
 
     def best_attainment(self) -> float | None:
         """SLO attainment of the best model so far; None before the first."""
+        figures = self._best_figures()
+        return None if figures is None else float(figures["slo_attainment"])
+
+    def best_step(self) -> int | None:
+        """Steps that the best model so far had behind it; None before the first."""
+        figures = self._best_figures()
+        return None if figures is None else int(figures["step"])
+
+    def _best_figures(self) -> dict[str, Any] | None:
         path = self.path / "best" / "figures.json"
         if not path.exists():
             return None
-        return float(json.loads(path.read_text(encoding="utf-8"))["slo_attainment"])
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
     def fresh_policy(self) -> Path:
         """Where the exported policy goes; an older one is removed."""

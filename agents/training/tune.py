@@ -61,7 +61,7 @@ def tune(
         study.optimize(lambda trial: _objective(trial, config, settings), n_trials=1)
         folder.write_json("tune.json", _trials(study))
         progress(number + 1, f"trial {number + 1}: best attainment {study.best_value:.3f}")
-    return replace(config, hyperparameters=_apply(config.hyperparameters, study.best_params))
+    return _with_values(config, study.best_params)
 
 
 def _objective(trial: optuna.Trial, config: RunConfig, settings: TuneSettings) -> float:
@@ -70,7 +70,7 @@ def _objective(trial: optuna.Trial, config: RunConfig, settings: TuneSettings) -
 
     values = _suggest(trial, config.hyperparameters)
     run = replace(config.run, timesteps=settings.steps)
-    tried = replace(config, run=run, hyperparameters=_apply(config.hyperparameters, values))
+    tried = replace(_with_values(config, values), run=run)
     with open_training(tried) as (model, held_out):
 
         def evaluate() -> float:
@@ -140,8 +140,18 @@ def _own_values(own: Hyperparameters) -> dict[str, Any]:
     return searched
 
 
-def _apply(own: Hyperparameters, values: dict[str, Any]) -> Hyperparameters:
-    return replace(own, **{**values, "learning_rate": f"{values['learning_rate']:.6g}"})
+def _with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """The configuration with these values.
+
+    The reward's shaping follows gamma, unless it was given a discount of its own: with another one
+    it is no longer neutral (Ng, Harada and Russell, 1999).
+    """
+    own = config.hyperparameters
+    tuned = replace(own, **{**values, "learning_rate": f"{values['learning_rate']:.6g}"})
+    recipe = config.recipe
+    if recipe.settings.get("shaping_discount") == own.gamma:
+        recipe = recipe.with_settings(shaping_discount=tuned.gamma)
+    return replace(config, recipe=recipe, hyperparameters=tuned)
 
 
 def _trials(study: optuna.Study) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class GateRun:
     Attributes:
         cell: The cell's name.
         policy: The policy's text.
-        seed: Of the requests.
+        seed: Of the requests and of the noise in the step times.
         goodput_per_s: Requests inside their targets, per second.
         violations: Share of the requests outside their targets, 0 to 1.
         tokens_per_s: Output tokens per second.
@@ -148,6 +148,7 @@ def run_task(task: GateTask) -> GateRun:
     slo = settings.slo
     engine = open_virtual_engine(settings, prepare(settings).max_model_len)
     try:
+        engine.reset(task.seed)
         watch = _steer(engine, task.contestant, asdict(slo))
         measured = replay(engine, build_round(settings, 0).requests, slo, _Silent())
     finally:
@@ -173,7 +174,7 @@ def _steer(engine: Any, contestant: Contestant, defaults: dict[str, Any]) -> Shi
 
 def _run_or_load(task: GateTask, folder: Path) -> GateRun:
     cell = Cell(replace(task.cell.settings, seed=task.seed, rounds=1), task.contestant, 1)
-    path = folder / f"{cell.name()}.json"
+    path = folder / f"{cell.name()}-noise{task.seed}.json"
     try:
         found = GateRun(**json.loads(path.read_text(encoding="utf-8")))
         # The same run may stand in another gate's cell of another name.
