@@ -63,7 +63,7 @@ ROWS = [
 
 
 def test_limits_become_actions_relative_to_the_engines_own(tmp_path: Path):
-    read = read_demonstrations(write_log(tmp_path / "log", ROWS), ActionDesign("residual"), 1)
+    read = read_demonstrations(write_log(tmp_path / "log", ROWS), ActionDesign("residual"), 1, 1.0)
     expected = [[1, 0], [0, -1], [-1, 2 / 3]]
     np.testing.assert_allclose(read.actions, expected, atol=1e-6)
     assert read.observations.shape == (3, len(FEATURE_NAMES))
@@ -71,17 +71,28 @@ def test_limits_become_actions_relative_to_the_engines_own(tmp_path: Path):
 
 def test_absolute_actions_need_no_base(tmp_path: Path):
     design = ActionDesign("absolute", min_num_seqs=1, min_num_batched_tokens=64)
-    read = read_demonstrations(write_log(tmp_path / "log", ROWS), design, 1)
+    read = read_demonstrations(write_log(tmp_path / "log", ROWS), design, 1, 1.0)
     assert len(read.actions) == 4
     np.testing.assert_allclose(read.actions[2], [0.0, 1.0], atol=1e-6)
 
 
 def test_histories_do_not_cross_sessions(tmp_path: Path):
-    read = read_demonstrations(write_log(tmp_path / "log", ROWS), ActionDesign("residual"), 2)
+    read = read_demonstrations(write_log(tmp_path / "log", ROWS), ActionDesign("residual"), 2, 1.0)
     running = FEATURE_NAMES.index("running")
     columns = read.observations[:, [running, running + len(FEATURE_NAMES)]]
     shares = [[1, 1], [1, 2], [1, 1]]  # the one of session y is alone
     np.testing.assert_allclose(columns, np.array(shares) / 32 - 1, atol=1e-6)
+
+
+def test_reports_are_joined_to_windows_as_long_as_the_agents_own(tmp_path: Path):
+    """Four reports a second; the agent will see one second at a time, and so it does here."""
+    log = write_log(tmp_path / "log", ROWS)
+    whole = read_demonstrations(log, ActionDesign("absolute"), 1, 1.0)
+    joined = read_demonstrations(log, ActionDesign("absolute"), 1, 2.0)
+    assert (len(whole.actions), len(joined.actions)) == (4, 1)  # half an interval is left out
+    np.testing.assert_array_equal(joined.actions[0], whole.actions[1])
+    running = FEATURE_NAMES.index("running")
+    assert joined.observations[0, running] == whole.observations[1, running]
 
 
 @pytest.mark.parametrize("algo", ["ppo", "sac", "tqc"])
@@ -113,15 +124,15 @@ def test_a_run_starts_from_a_log(tmp_path: Path):
 
 def test_logs_that_cannot_be_used(tmp_path: Path):
     with pytest.raises(ConfigError, match="no experience log at"):
-        read_demonstrations(tmp_path / "nowhere", ActionDesign(), 1)
+        read_demonstrations(tmp_path / "nowhere", ActionDesign(), 1, 1.0)
     with pytest.raises(ConfigError, match="not grid"):
-        read_demonstrations(tmp_path, ActionDesign("grid"), 1)
+        read_demonstrations(tmp_path, ActionDesign("grid"), 1, 1.0)
     only = write_log(tmp_path / "log", [ROWS[2], replace(ROWS[2], sequence=4)])
     with pytest.raises(ConfigError, match="holds no decision that could be imitated"):
-        read_demonstrations(only, ActionDesign("residual"), 1)
+        read_demonstrations(only, ActionDesign("residual"), 1, 1.0)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(ConfigError, match="cannot read experience log"):
-        read_demonstrations(tmp_path / "bad.parquet", ActionDesign(), 1)
+        read_demonstrations(tmp_path / "bad.parquet", ActionDesign(), 1, 1.0)
 
 
 def test_recurrent_agents_have_no_mean_action_to_fit(tmp_path: Path):

@@ -1,9 +1,10 @@
 """Offline warm start: the agent imitates logged decisions before it acts itself.
 
 The experience log has a row for each report of an engine, and the decision that answered it. Here
-each row becomes an observation and the action that asks for that decision's limits; the policy's
-mean action is fitted to those by least squares. `residual` actions are relative to what the
-engine's own policy would have applied; rows without it are left out.
+the rows of a decision interval become an observation, of a window as long as the agent's own, and
+the action that asks for the last one's limits; the policy's mean action is fitted to those by least
+squares. `residual` actions are relative to what the engine's own policy would have applied; rows
+without it are left out.
 
 Limitations: it imitates, good decisions and bad ones alike, and the value network learns nothing.
 The log does not say how many tokens a decode takes: it is taken for one, also beside a draft model.
@@ -11,7 +12,7 @@ The log does not say how many tokens a decode takes: it is taken for one, also b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from batchpilot.agents.features import observation
 from batchpilot.agents.history import ObservationHistory
 from batchpilot.agents.limits import BatchLimits
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.agents.telemetry import TelemetryWindow
 from batchpilot.agents.training.export import env_parameters
 from batchpilot.agents.training.progress import Progress
 from batchpilot.agents.training.run_config import RunConfig
@@ -33,6 +35,8 @@ from batchpilot.agents.training.run_config import RunConfig
 GRADIENT_STEPS = 2_000
 BATCH = 256
 LEARNING_RATE = 1e-3
+#: A share of an interval that is one: reports come a little sooner or later.
+_NEARLY = 0.95
 Floats = npt.NDArray[np.float32]
 
 
@@ -48,13 +52,16 @@ class Demonstrations(NamedTuple):
     actions: Floats
 
 
-def read_demonstrations(path: Path, design: ActionDesign, history: int) -> Demonstrations:
+def read_demonstrations(
+    path: Path, design: ActionDesign, history: int, interval_s: float
+) -> Demonstrations:
     """Reads an experience log.
 
     Args:
         path: A Parquet file, or a folder of them.
         design: What actions mean; not `grid`.
         history: Observations an agent sees at once.
+        interval_s: Engine seconds that an observation is of, at least.
 
     Raises:
         ConfigError: It cannot be read, has other columns, or holds no decision that can be used.
@@ -65,8 +72,8 @@ def read_demonstrations(path: Path, design: ActionDesign, history: int) -> Demon
     done: list[tuple[float, float]] = []
     for session in _sessions(path):
         kept = ObservationHistory(history)
-        for row in session:
-            stacked = kept.push(observation(window_of(row), facts_of(row), targets_of(row)))
+        for window, row in _intervals(session, interval_s):
+            stacked = kept.push(observation(window, facts_of(row), targets_of(row)))
             action = _action(row, design)
             if action is not None:
                 seen.append(stacked)
@@ -74,6 +81,19 @@ def read_demonstrations(path: Path, design: ActionDesign, history: int) -> Demon
     if not done:
         raise ConfigError(f"{path} holds no decision that could be imitated")
     return Demonstrations(np.stack(seen), np.array(done, np.float32))
+
+
+def _intervals(
+    session: Iterable[Mapping[str, Any]], interval_s: float
+) -> Iterator[tuple[TelemetryWindow, Mapping[str, Any]]]:
+    """Windows of at least an interval, each with its last row; one begun at the end is left out."""
+    joined: TelemetryWindow | None = None
+    for row in session:
+        window = window_of(row)
+        joined = window if joined is None else joined + window
+        if joined.seconds >= interval_s * _NEARLY:
+            yield joined, row
+            joined = None
 
 
 def warm_start_model(
@@ -88,7 +108,9 @@ def warm_start_model(
         ConfigError: As `read_demonstrations`, or an algorithm without a mean action to fit.
     """
     settings = env_parameters(config)
-    shown = read_demonstrations(path, settings.actions, settings.history)
+    shown = read_demonstrations(
+        path, settings.actions, settings.history, settings.decision_interval_s
+    )
     error = fit_mean_action(model, shown, seed=config.run.seed)
     text = f"imitated {len(shown.actions)} logged decisions, mean squared error {error:.2g}"
     progress(0, text)
