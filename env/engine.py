@@ -94,8 +94,11 @@ class Engine(Protocol):
     def wait_until(self, clock_seconds: float) -> None:
         """Lets idle time pass: a live engine sleeps, a virtual one moves its clock."""
 
-    def reset(self) -> None:
+    def reset(self, seed: int | None = None) -> None:
         """Makes the next run independent of the last: drops the prefix cache and counters.
+
+        Args:
+            seed: Of what noise it makes itself from here on; None for what it began with.
 
         Raises:
             RuntimeError: Requests are still unfinished.

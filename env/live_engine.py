@@ -174,12 +174,16 @@ class LiveEngine(SteeredEngine):
         self._open_llm()
         time.sleep(max(0.0, clock_seconds - self.clock_seconds))
 
-    def reset(self) -> None:
+    def reset(self, seed: int | None = None) -> None:
         """Makes the next run independent of the last: drops the prefix cache.
+
+        Args:
+            seed: Of no use here: a real machine's noise is its own.
 
         Raises:
             RuntimeError: Requests are still unfinished, or vLLM still holds their blocks.
         """
+        del seed
         self._check_open()
         self._check_idle()
         self._drain()

@@ -13,12 +13,12 @@ from typing import Any
 from batchpilot.agents.kv_growth import EVERY_TOKEN, KvGrowth
 
 #: Kinds of layers that keep the newest tokens only, and the attribute that says how many.
-_WINDOWS = {
+WINDOWS = {
     "SlidingWindowSpec": "sliding_window",
     "ChunkedLocalAttentionSpec": "attention_chunk_size",
 }
 #: Kinds that keep as much of any sequence, in whole blocks.
-_CONSTANT = {"MambaSpec", "CrossAttentionSpec", "CircularBufferSpec"}
+CONSTANT = {"MambaSpec", "CrossAttentionSpec", "CircularBufferSpec"}
 
 
 def kv_growth(groups: Sequence[Any], block_size: int) -> KvGrowth:
@@ -52,7 +52,7 @@ def block_tokens(groups: Sequence[Any], scheduler_block_size: int, context_paral
     holding = [
         group.kv_cache_spec.block_size
         for group in groups
-        if not _names(group.kv_cache_spec) & _CONSTANT
+        if not _names(group.kv_cache_spec) & CONSTANT
     ]
     return min(holding) * context_parallel if holding else scheduler_block_size
 
@@ -60,10 +60,10 @@ def block_tokens(groups: Sequence[Any], scheduler_block_size: int, context_paral
 def _kept_tokens(spec: Any, block_size: int) -> int | None:
     """Tokens that a group keeps of a sequence at most; None where it keeps all."""
     names = _names(spec)
-    for name, attribute in _WINDOWS.items():
+    for name, attribute in WINDOWS.items():
         if name in names:
             return int(getattr(spec, attribute))
-    if names & _CONSTANT and getattr(spec, "mamba_cache_mode", "none") != "all":
+    if names & CONSTANT and getattr(spec, "mamba_cache_mode", "none") != "all":
         return block_size
     return None
 

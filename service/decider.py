@@ -10,7 +10,8 @@ is kept, as are all sums, to within rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from batchpilot.agents.limits import (
@@ -20,6 +21,7 @@ from batchpilot.agents.limits import (
     EngineFacts,
     EngineSnapshot,
     FinishedRequest,
+    SequenceState,
     StepRecord,
 )
 from batchpilot.agents.policy import LimitPolicy
@@ -141,13 +143,20 @@ class Decider:
             prefill_seqs=window.prefill_seqs,
             used_blocks=window.used_blocks,
             binding=BINDINGS[report.binding],
-            read_running=lambda: sequences(running),
-            read_waiting=lambda count: sequences(waiting)[:count],
+            read_running=cache(lambda: sequences(running)),
+            read_waiting=_first(cache(lambda: sequences(waiting))),
             tokens_per_decode=(
                 report.tokens_per_decode if report.HasField("tokens_per_decode") else None
             ),
             outside_blocks=report.outside_blocks,
         )
+
+
+def _first(
+    read: Callable[[], Sequence[SequenceState]],
+) -> Callable[[int], Sequence[SequenceState]]:
+    """Reads the first of what is read."""
+    return lambda count: read()[:count]
 
 
 def _for_a_lease(decision: Decision, running: int) -> BatchLimits:

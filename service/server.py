@@ -25,6 +25,7 @@ from batchpilot.service.canaries import Canaries
 from batchpilot.service.exposure import check_exposure
 from batchpilot.service.gate import Gate
 from batchpilot.service.groups import Groups
+from batchpilot.service.health import HealthServicer
 from batchpilot.service.meters import Meters
 from batchpilot.service.metrics_page import MetricsPage
 from batchpilot.service.policies import PolicyServicer
@@ -95,7 +96,7 @@ class Service:
         self._certificates = (
             None if settings.tls.certificate is None else CertificateFiles(settings.tls)
         )
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer(self.meters)
         self._page = MetricsPage(settings.metrics, self.meters, self.sessions)
         self._canaries = Canaries(self._promotions, self.sessions, settings.canary, self.meters)
         self._recorder = _recorder(settings.storage)

@@ -106,6 +106,7 @@ class SessionTable:
     report_burst: int
     clock: Callable[[], float] = time.monotonic
     _sessions: dict[EngineKey, Session] = field(default_factory=dict)
+    _buckets: dict[EngineKey, TokenBucket] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Engines here now."""
@@ -139,6 +140,9 @@ class SessionTable:
             text = f"a new session of {key} has replaced this one"
             self.end(earlier, RefusalError(grpc.StatusCode.ABORTED, "replaced", text))
         now = self.clock()
+        bucket = self._buckets.pop(key, None)
+        if bucket is None:
+            bucket = TokenBucket(self.reports_per_second, self.report_burst, now)
         session = Session(
             key=key,
             session_id=secrets.token_hex(6),
@@ -146,7 +150,7 @@ class SessionTable:
             hello=hello,
             facts=engine_facts(hello.facts),
             targets=latency_targets(hello),
-            bucket=TokenBucket(self.reports_per_second, self.report_burst, now),
+            bucket=bucket,
             task=task,
             started_at=now,
             reported_at=now,
@@ -172,3 +176,7 @@ class SessionTable:
         """Forgets a session, unless a newer one has taken its place."""
         if self._sessions.get(session.key) is session:
             del self._sessions[session.key]
+            # Who comes back soon has no new one: a session is quickly opened.
+            self._buckets[session.key] = session.bucket
+            if len(self._buckets) > self.max_sessions:
+                del self._buckets[next(iter(self._buckets))]

@@ -28,8 +28,10 @@ from batchpilot.service.wire import EngineKey, engine_key
 
 logger = logging.getLogger("batchpilot.service")
 
-#: A report costs one of its engine's bucket, and one more for so many steps.
+#: A report costs one of its engine's bucket, one more for so many steps, and one more for so many
+#: sequences in all of them together: a policy may look at each in every step.
 STEPS_PER_COST = 64
+SEQUENCES_PER_COST = 50_000
 #: Reports of more bytes are not kept whole until the next one.
 KEPT_BYTES = 1024
 #: Listing so many engines costs a client as much as one other call.
@@ -258,7 +260,7 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
             RefusalError: It comes too fast.
         """
         now = self._sessions.clock()
-        if not session.bucket.take(now, 1 + len(report.steps) / STEPS_PER_COST):
+        if not session.bucket.take(now, _cost(report)):
             raise RefusalError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "too_many_reports",
@@ -278,6 +280,13 @@ class TunerServicer(tuner_pb2_grpc.TunerServiceServicer):
 def _end_watcher(watcher: Watcher, why: RefusalError) -> None:
     watcher.end = why
     watcher.task.cancel()
+
+
+def _cost(report: pb.Report) -> float:
+    """What a report takes out of its engine's bucket."""
+    steps = len(report.steps)
+    sequences = len(report.running.kv_tokens) + len(report.waiting.kv_tokens)
+    return 1 + steps / STEPS_PER_COST + steps * sequences / SEQUENCES_PER_COST
 
 
 def _without_detail(report: pb.Report) -> pb.Report:

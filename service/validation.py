@@ -1,7 +1,8 @@
 """What cannot be real is refused, before anything is computed from it.
 
-A report is believed where it is possible, not where it is likely: an engine that lies about
-itself can only mislead the limits that it gets itself, and its own shield still has the last word.
+A report is believed where it is possible, not where it is likely: an engine that lies about itself
+misleads the limits that it gets itself, where its own shield still has the last word, and the trial
+of a canary that it is part of.
 """
 
 from __future__ import annotations
@@ -25,9 +26,13 @@ LARGEST_BLOCK_SIZE = 1_000_000
 LARGEST_SLO_MS = 3_600_000.0
 #: Longest time a report may span: a hook that was stopped for a day starts anew.
 LONGEST_WINDOW_SECONDS = 86_400.0
+#: What clocks read at different moments may differ by.
+SLACK_SECONDS = 1.0
 #: Fastest engine that is believed; a bound on the work one report can ask for.
 STEPS_PER_SECOND = 20_000
 MOST_STEPS = 20_000
+#: Steps told one by one, and waiting requests: more than any hook sends.
+MOST_DETAILED_STEPS, MOST_WAITING = 4096, 4096
 MOST_REQUESTS = 100_000
 MOST_CLAMP_REASONS = 32
 
@@ -90,27 +95,8 @@ def check_report(report: pb.Report, facts: pb.EngineFacts) -> None:
         ReportError: Naming the field.
     """
     window = report.window
-    seconds, busy = window.seconds, window.busy_seconds
-    # Comparisons written so that NaN fails them.
-    if not (0 <= seconds <= LONGEST_WINDOW_SECONDS and 0 <= busy <= LONGEST_WINDOW_SECONDS):
-        raise ReportError(
-            f"seconds={seconds} and busy_seconds={busy} must be 0 to {LONGEST_WINDOW_SECONDS:g}"
-        )
-    steps = window.steps
-    if steps > MOST_STEPS or steps > 16 + STEPS_PER_SECOND * max(seconds, busy):
-        raise ReportError(f"steps={steps} are too many for {seconds} seconds")
-    most_seqs = facts.startup_limits.max_num_seqs
-    if not window.prefill_seqs <= window.running <= most_seqs:
-        raise ReportError(
-            f"running={window.running}, of which prefill_seqs={window.prefill_seqs}, "
-            f"must be at most the start-up max_num_seqs={most_seqs}"
-        )
-    if window.used_blocks > facts.total_blocks:
-        raise ReportError(f"used_blocks={window.used_blocks} must be at most {facts.total_blocks}")
+    _check_window(window, facts)
     _at_most("outside_blocks", report.outside_blocks, window.used_blocks)
-    if window.kv_bound_steps + window.seqs_bound_steps + window.tokens_bound_steps > steps:
-        raise ReportError(f"more steps were bound than the {steps} there were")
-    _check_sums(window, facts)
     if report.HasField("tokens_per_decode"):
         _between("tokens_per_decode", report.tokens_per_decode, 1, facts.tokens_per_decode)
     if report.binding not in _BINDINGS:
@@ -122,6 +108,32 @@ def check_report(report: pb.Report, facts: pb.EngineFacts) -> None:
 
 
 _BINDINGS = frozenset(pb.Binding.values())
+
+
+def _check_window(window: pb.TelemetryWindow, facts: pb.EngineFacts) -> None:
+    seconds, busy = window.seconds, window.busy_seconds
+    # Comparisons written so that NaN fails them.
+    if not (0 <= seconds <= LONGEST_WINDOW_SECONDS and 0 <= busy <= LONGEST_WINDOW_SECONDS):
+        raise ReportError(
+            f"seconds={seconds} and busy_seconds={busy} must be 0 to {LONGEST_WINDOW_SECONDS:g}"
+        )
+    # The oldest of its steps may have begun before the window did.
+    if busy > seconds + window.slowest_step_seconds + SLACK_SECONDS:
+        raise ReportError(f"busy_seconds={busy} is more than there was in {seconds} seconds")
+    steps = window.steps
+    if steps > MOST_STEPS or steps > 16 + STEPS_PER_SECOND * max(seconds, busy):
+        raise ReportError(f"steps={steps} are too many for {seconds} seconds")
+    most_seqs = facts.startup_limits.max_num_seqs
+    if not window.prefill_seqs <= window.running <= most_seqs:
+        raise ReportError(
+            f"running={window.running}, of which prefill_seqs={window.prefill_seqs}, "
+            f"must be at most the start-up max_num_seqs={most_seqs}"
+        )
+    if window.used_blocks > facts.total_blocks:
+        raise ReportError(f"used_blocks={window.used_blocks} must be at most {facts.total_blocks}")
+    if window.kv_bound_steps + window.seqs_bound_steps + window.tokens_bound_steps > steps:
+        raise ReportError(f"more steps were bound than the {steps} there were")
+    _check_sums(window, facts)
 
 
 def _check_sums(window: pb.TelemetryWindow, facts: pb.EngineFacts) -> None:
@@ -150,8 +162,8 @@ def _check_sums(window: pb.TelemetryWindow, facts: pb.EngineFacts) -> None:
 
 def _check_detail(report: pb.Report, facts: pb.EngineFacts) -> None:
     """Checks the steps and sequences of DETAIL_STEPS."""
-    if len(report.steps) > MOST_STEPS:
-        raise ReportError(f"{len(report.steps)} steps are more than {MOST_STEPS}")
+    if len(report.steps) > MOST_DETAILED_STEPS:
+        raise ReportError(f"{len(report.steps)} steps are more than {MOST_DETAILED_STEPS}")
     most_seqs = facts.startup_limits.max_num_seqs
     for step in report.steps:
         if not (0 <= step.seconds <= LONGEST_WINDOW_SECONDS and step.binding in _BINDINGS):
@@ -165,6 +177,9 @@ def _check_detail(report: pb.Report, facts: pb.EngineFacts) -> None:
         count = len(columns.kv_tokens)
         if not count == len(columns.output_tokens) == len(columns.prefill_tokens_left):
             raise ReportError(f"the columns of {name} differ in length")
+    waiting = len(report.waiting.kv_tokens)
+    if waiting > MOST_WAITING:
+        raise ReportError(f"{waiting} waiting requests are more than {MOST_WAITING}")
     if len(report.running.kv_tokens) > most_seqs:
         raise ReportError(f"{len(report.running.kv_tokens)} sequences run; at most {most_seqs} can")
 

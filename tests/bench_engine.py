@@ -97,7 +97,7 @@ class QueueEngine:
     def wait_until(self, clock_seconds: float) -> None:
         self.clock_seconds = max(self.clock_seconds, clock_seconds)
 
-    def reset(self) -> None:
+    def reset(self, seed: int | None = None) -> None:
         if self.has_unfinished_requests():
             raise RuntimeError("unfinished")
         self.resets += 1

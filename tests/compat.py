@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from compat_code import Code, always, empty_function, nodes, sets_self
 from compat_sources import ENGINE_CORE, RELEASES, ROOT, Sources, SourcesError, read_release
 
+from batchpilot.scheduler_hook.kv_groups import WINDOWS
 from batchpilot.scheduler_hook.vllm_adapter import (
     CUT_SHORT,
     OUTPUT_PARTS,
@@ -94,6 +95,7 @@ def prove(sources: Sources) -> Report:
         *_admission_limit(code, era),
         *_limits_are_read_live(code, era),
         *_token_budget(code),
+        *_kv_groups(code),
         *_admissions(code),
         *_preemptions(code),
         *_step_output(code),
@@ -262,6 +264,17 @@ def _token_budget(code: Code) -> Iterator[Fact]:
     yield Fact(f"schedule() begins with {budget}", budget in statements)
     asserted = "total_num_scheduled_tokens <= self.max_num_scheduled_tokens"
     yield Fact(f"schedule() asserts {asserted}", asserted in _assertions(code))
+    threshold = "self.scheduler_config.long_prefill_token_threshold"
+    read = any(ast.unparse(node) == threshold for node in nodes([code.schedule], ast.Attribute))
+    yield Fact(f"schedule() reads {threshold}", read)
+
+
+def _kv_groups(code: Code) -> Iterator[Fact]:
+    path = "kv_cache_spec.block_size"
+    yield Fact(f"KVCacheGroupSpec has {path}", code.holds("KVCacheGroupSpec", path))
+    for name, attribute in WINDOWS.items():
+        yield Fact(f"{name} has {attribute}", code.holds(name, attribute))
+    yield Fact("MambaSpec is a kind of layer that keeps one state", "MambaSpec" in code.classes)
 
 
 def _running_part(code: Code) -> Sequence[ast.While]:

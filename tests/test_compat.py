@@ -53,6 +53,18 @@ EDITS = [
     ),
     (
         SCHEDULER,
+        "self.scheduler_config.long_prefill_token_threshold",
+        "self.long_prefill_token_threshold",
+        "schedule() reads self.scheduler_config.long_prefill_token_threshold",
+    ),
+    (
+        "vllm/v1/kv_cache_interface.py",
+        "sliding_window: int",
+        "window: int",
+        "SlidingWindowSpec has sliding_window",
+    ),
+    (
+        SCHEDULER,
         "        self.running: list[Request] = []",
         "        self.running: list[Request] = []\n        self.most = self.max_num_active_reqs",
         "no attribute keeps a copy of self.max_num_active_reqs",

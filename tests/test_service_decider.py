@@ -24,6 +24,7 @@ from batchpilot.service.validation import ReportError, check_hello, check_report
 from batchpilot.service.wire import engine_facts, sequences, step_record, telemetry_window
 
 FACTS = engine_facts(hello().facts)
+SEQUENCE_COLUMNS = ("kv_tokens", "output_tokens", "prefill_tokens_left")
 
 
 class Recording:
@@ -297,6 +298,8 @@ def test_a_window_that_cannot_be_real_is_refused(window):
     "fields",
     [
         {"binding": 17},
+        {"window": {"busy_seconds": 3600.0}},  # in a quarter of a second
+        {"waiting": pb.SequenceColumns(**dict.fromkeys(SEQUENCE_COLUMNS, [0] * 5000))},
         {"tokens_per_decode": 0.5},
         {"tokens_per_decode": 1.5},  # of an engine that does not speculate
         {"tokens_per_decode": NAN},

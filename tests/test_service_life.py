@@ -28,6 +28,7 @@ from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
 from batchpilot.service import server
 from batchpilot.service.canaries import Canaries
+from batchpilot.service.health import MOST_WATCHERS
 from batchpilot.service.meters import Meters
 from batchpilot.service.metrics import ENGINE_GAUGES, PREFIX
 from batchpilot.service.reload import Reloader, WatchedFile
@@ -43,6 +44,25 @@ NAMES = ("", "batchpilot.v1.TunerService", "batchpilot.v1.PolicyService")
 async def health_of(channel, name=""):
     stub = health_pb2_grpc.HealthStub(channel)
     return (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
+
+
+def test_who_watches_health_takes_no_place_of_an_engine():
+    async def test():
+        async with serving() as service, channel_to(service) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch
+            watchers = [watch(health_pb2.HealthCheckRequest()) for _ in range(MOST_WATCHERS)]
+            for watcher in watchers:
+                assert (await watcher.read()).status == SERVING
+            one_more = watch(health_pb2.HealthCheckRequest())
+            assert await one_more.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert service.meters.refusals["too_many_watchers"] == 1
+            watchers[0].cancel()
+            assert await health_of(channel) == SERVING
+            engine = Engine(channel)
+            await engine.begin()
+            assert (await engine.ask(1)).sequence == 1
+
+    run(test)
 
 
 def test_health_turns_before_the_streams_end():

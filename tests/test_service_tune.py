@@ -347,6 +347,53 @@ def test_reports_faster_than_allowed_end_the_stream():
     run(test)
 
 
+def test_an_engine_that_comes_back_has_no_new_burst():
+    async def test():
+        limits = {"report_burst": 3, "reports_per_second": 0.001}
+        async with (
+            serving(default=STATIC, limits=limits) as service,
+            channel_to(service) as channel,
+        ):
+            for expected in ([1, 2], [1]):  # three in all
+                engine = Engine(channel)
+                await engine.begin()
+                for sequence in expected:
+                    await engine.ask(sequence)
+                await engine.call.done_writing()
+                assert (await engine.status())[0] is grpc.StatusCode.OK
+            engine = Engine(channel)
+            await engine.begin()
+            await engine.send(report=report(1))
+            assert (await engine.status())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    run(test)
+
+
+def test_a_report_costs_what_a_policy_may_look_at():
+    """Steps times sequences: one such report would stop the service for half a minute."""
+
+    async def test():
+        async with serving(default=STATIC) as service, channel_to(service) as channel:
+            engine = Engine(channel)
+            facts = {
+                "startup_limits": pb.BatchLimits(
+                    max_num_seqs=60_000, max_num_batched_tokens=60_000
+                ),
+                "total_blocks": 1_000_000,
+            }
+            await engine.begin(hello(facts=facts))
+            columns = [100] * 60_000
+            message = report(1, window={"steps": 1000, "seconds": 10.0, "busy_seconds": 10.0})
+            message.steps.extend([pb.StepRecord(running=1, decode_seqs=1)] * 1000)
+            message.running.kv_tokens.extend(columns)
+            message.running.output_tokens.extend(columns)
+            message.running.prefill_tokens_left.extend(columns)
+            await engine.send(report=message)
+            assert (await engine.status())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    run(test)
+
+
 def test_a_message_larger_than_allowed_is_not_read():
     async def test():
         async with (

@@ -72,7 +72,7 @@ class Cell:
                 "policy": self.contestant.identity,
                 "sources": sources_digest(self.contestant.policy_name),
                 "shadow": None if shadow is None else [str(shadow), sources_digest(shadow.name)],
-                "seed": self.seed,
+                "noise_seed": self.seed,
                 "vllm": vllm_version(),
             }
         )

@@ -42,7 +42,7 @@ class Round:
 
     Attributes:
         index: From 1.
-        seed: What its lengths, arrivals and prompts were drawn with.
+        seed: What its lengths, arrivals, prompts and, on a virtual GPU, noise are drawn with.
         requests: In order of arrival.
     """
 
@@ -144,7 +144,7 @@ def run_one(
         ConfigError: Its policy cannot be built.
         EngineStalledError: The engine stopped making progress.
     """
-    engine.reset()
+    engine.reset(current.seed)
     policy = contestant.steer(engine, defaults)
     # Rubbish of the last run is collected here, not in the middle of this one.
     gc.collect()

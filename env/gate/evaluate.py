@@ -174,7 +174,7 @@ def _steer(engine: Any, contestant: Contestant, defaults: dict[str, Any]) -> Shi
 
 def _run_or_load(task: GateTask, folder: Path) -> GateRun:
     cell = Cell(replace(task.cell.settings, seed=task.seed, rounds=1), task.contestant, 1)
-    path = folder / f"{cell.name()}-noise{task.seed}.json"
+    path = folder / f"{cell.name()}.json"
     try:
         found = GateRun(**json.loads(path.read_text(encoding="utf-8")))
         # The same run may stand in another gate's cell of another name.
