@@ -68,8 +68,11 @@ class VirtualEngineConfig(Parameters):
     scheduling_policy: str = parameter(
         "fcfs", choices=("fcfs", "priority"), help="which waiting request goes first"
     )
-    noise: float = parameter(
-        0.0, minimum=0, maximum=1, help="relative standard deviation of a step's time"
+    noise: float | None = parameter(
+        None,
+        minimum=0,
+        maximum=1,
+        help="relative standard deviation of a step's time; the profile's when left out",
     )
     seed: int = parameter(0, minimum=0, help="of the noise")
     slow_factor: float = parameter(
@@ -120,6 +123,7 @@ class VirtualEngine(SteeredEngine):
         self._core = SchedulerCore(core_config, _model_folder())
         _relieve_garbage_collector()
         self._seconds = self.profile.step_time.seconds
+        self._noise = self.profile.noise if config.noise is None else config.noise
         self._in_flight: deque[_Step] = deque()
         self._clock = self._gpu_free_at = 0.0
         self._chance = random.Random(config.seed)
@@ -255,7 +259,7 @@ class VirtualEngine(SteeredEngine):
         config = self.config
         if self._clock >= config.slow_at_s:
             seconds *= config.slow_factor
-        noise = config.noise
+        noise = self._noise
         if noise:
             # Lognormal with mean 1: never negative, and the mean step time stays.
             sigma = math.sqrt(math.log1p(noise * noise))

@@ -164,9 +164,9 @@ class PolicySource:
         key = (params.artefact, params.group)
         if key not in self._networks:
             artefact = self._registry.resolve(params.artefact, params.group)
-            same = (n for n in self._networks.values() if n.artefact.onnx == artefact.onnx)
-            shared = next((n.model for n in same if n.artefact == artefact), None)
-            self._networks[key] = LoadedNetwork(artefact, shared or OnnxModel(artefact))
+            # Another group's is taken whole: its file too would be held once for each of them.
+            same = (known for known in self._networks.values() if known.artefact == artefact)
+            self._networks[key] = next(same, None) or LoadedNetwork(artefact, OnnxModel(artefact))
         return self._networks[key]
 
     def _check_in_registry(self, text: str) -> None:

@@ -38,6 +38,8 @@ def test_imports_are_followed_to_their_end():
         ("batchpilot.agents.shield", {None, "static", "sla", "memory+sla"}),
         ("batchpilot.scheduler_hook.hook", {None, "static", "sla", "memory+sla"}),
         ("batchpilot.env.scheduler_core", {None, "static", "sla", "memory+sla"}),
+        ("batchpilot.env.bench.cells", {None, "static", "sla", "memory+sla"}),
+        ("batchpilot.env.workloads", {None, "static", "sla", "memory+sla"}),
         ("batchpilot.env.bench.figures", set()),
         ("batchpilot.scheduler_hook.report", set()),
     ],

@@ -1,6 +1,7 @@
 """The contest end to end on a virtual GPU: trials, what is kept of them, and the whole command."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from bench_engine import QueueEngine
 from hypothesis import given
 from hypothesis import strategies as st
+from policies import constant, write
 from rich.console import Console
 
 from batchpilot.env.bench.measure import Slo
@@ -17,6 +19,7 @@ from batchpilot.env.contest.__main__ import main
 from batchpilot.env.contest.crew import Crew, open_crew
 from batchpilot.env.contest.lineup import contestant
 from batchpilot.env.contest.scenario import Scenario
+from batchpilot.env.contest.settings import ContestSettings
 from batchpilot.env.contest.trial import OutcomeStore, Trial, run_stored, run_trial
 from batchpilot.env.engine import EngineRequest
 
@@ -104,6 +107,9 @@ def test_what_is_kept_answers_only_what_it_can(tmp_path, monkeypatch):
     assert store.load(lost) is None
     given_up = run_stored(lost, store)
     assert store.load(lost) == given_up
+    # Another share is asked for: it was given up too early to say, or for certain.
+    assert store.load(replace(lost, gives_up_below=0.5)) is None
+    assert store.load(replace(lost, gives_up_below=0.99)) == given_up
     assert store.load(replace(lost, gives_up_below=None)) is None
     whole = run_stored(replace(lost, gives_up_below=None), store)
     monkeypatch.setattr(trials, "run_trial", lambda trial: pytest.fail("ran again"))
@@ -111,6 +117,23 @@ def test_what_is_kept_answers_only_what_it_can(tmp_path, monkeypatch):
     for path in (tmp_path / "kept").rglob("*.json"):
         path.write_text("{ half a file")
     assert store.load(lost) is None
+
+
+def test_a_trained_policy_is_known_by_what_its_folder_holds(tmp_path):
+    names = set()
+    for action in (0.0, 0.5):
+        shutil.rmtree(tmp_path / "policy", ignore_errors=True)
+        write(tmp_path / "policy", constant(action, 0.0))
+        names.add(trial(f"learned:{tmp_path / 'policy'}").name())
+    assert len(names) == 2
+
+
+def test_a_longer_contest_has_more_requests_in_each_run():
+    (usual, _), (longer, _) = (
+        ContestSettings(length=length, profiles="llama-3.1-8b-h100").slo_scenarios()
+        for length in (1.0, 4.0)
+    )
+    assert longer.num_requests == 4 * usual.num_requests
 
 
 def test_the_name_of_a_trial_hangs_on_what_decides_it():

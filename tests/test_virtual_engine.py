@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -292,6 +293,15 @@ def test_the_same_seed_gives_the_same_numbers_to_the_last_digit(asynchronous):
     virtual.reset(seed=4)
     assert random_run(virtual, 1) != first
     assert sum(step.record.preemptions for step in first if step.record) > 0
+
+
+def test_noise_is_the_profiles_unless_it_is_given():
+    noisy = replace(profile(), noise=0.2)
+    for asked, is_noisy in (({}, True), ({"noise": 0.0}, False)):
+        virtual = VirtualEngine(VirtualEngineConfig(profile=noisy, max_num_seqs=16, **asked))
+        virtual.add_request(request("a", output=20))
+        seconds = {round(step.record.seconds, 9) for step in run(virtual) if step.record}
+        assert (len(seconds) > 10) is is_noisy
 
 
 def test_noise_keeps_the_mean():

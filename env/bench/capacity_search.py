@@ -36,7 +36,9 @@ def find_capacities(
     ]
     active = searches
     while active:
-        wait([f for search in active for f in search.futures], return_when=FIRST_COMPLETED)
+        running = [f for search in active for f in search.futures if not f.done()]
+        if running:
+            wait(running, return_when=FIRST_COMPLETED)
         for current in active:
             if all(future.done() for future in current.futures):
                 tried(current.policy, current.advance())

@@ -125,7 +125,7 @@ def open_virtual_engine(settings: BenchSettings, max_model_len: int) -> VirtualE
             max_num_batched_tokens=settings.max_num_batched_tokens,
             kv_blocks=settings.kv_blocks or None,
             max_model_len=max_model_len,
-            noise=settings.noise or 0.0,
+            noise=settings.noise,
         )
     )
 

@@ -100,7 +100,10 @@ class BenchSettings(Parameters):
         None, minimum=1, help="live only: tokens per KV block (default: 32)"
     )
     noise: float | None = parameter(
-        None, minimum=0, maximum=1, help="virtual only: relative deviation of a step's time"
+        None,
+        minimum=0,
+        maximum=1,
+        help="virtual only: relative deviation of a step's time (default: the profile's)",
     )
     find_capacity: bool = parameter(
         False,

@@ -20,6 +20,9 @@ _PACKAGE = "batchpilot"
 #: Where a run starts. The hook is named by its class path only, so imports do not lead to it.
 _ENGINE = ("batchpilot.env.virtual_engine", "batchpilot.env.bench.runner")
 _HOOK = ("batchpilot.scheduler_hook.scheduler",)
+#: What it is given; and who puts it together, whose imports lead to every policy.
+_SERVED = ("batchpilot.env.workloads",)
+_PUT_TOGETHER = ("batchpilot.env.bench.cells", "batchpilot.env.bench.plan")
 #: What is not followed from the engine. The catalog names every policy and decides nothing: all of
 #: them would count as one. The other two report and talk to a service, which no such run does.
 _ASIDE = (
@@ -40,7 +43,7 @@ def sources_digest(policy: str | None) -> str:
     Raises:
         ConfigError: No policy has that name.
     """
-    modules = set(imported((*_ENGINE, *_HOOK), without=_ASIDE))
+    modules = set(imported((*_ENGINE, *_HOOK, *_SERVED), without=_ASIDE)) | {*_PUT_TOGETHER}
     if policy is not None:
         kind = policy_kind(policy)
         modules |= set(imported((kind.build.__module__, kind.parameters.__module__)))

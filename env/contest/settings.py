@@ -68,6 +68,9 @@ class ContestSettings(Parameters):
     quick: bool = parameter(
         False, help="two profiles, two seeds, few contestants, a quarter of the requests"
     )
+    length: float = parameter(
+        1.0, above=0, help="multiplies the requests of each run: of 200 two may miss, of 800 eight"
+    )
     full: bool = parameter(False, help="every combination of lengths and targets, not two of eight")
     policies: str | None = parameter(
         None,
@@ -142,7 +145,7 @@ class ContestSettings(Parameters):
 
     @property
     def _share(self) -> float:
-        return _QUICK_SHARE if self.quick else 1.0
+        return self.length * (_QUICK_SHARE if self.quick else 1.0)
 
     def slo_scenarios(self) -> list[Scenario]:
         """Where capacity is compared."""

@@ -63,11 +63,12 @@ class Trial:
     def name(self) -> str:
         """The digest of everything that decides what it gives, run to its end."""
         values = asdict(self)
-        del values["gives_up_below"]
+        del values["gives_up_below"], values["contestant"]
         del values["scenario"]["label"]
         return digest(
             {
                 "trial": values,
+                "policy": self.contestant.identity,
                 "profile": asdict(load_profile(self.scenario.profile)),
                 "startup": asdict(self.scenario.startup_limits),
                 "noise": NOISE,
@@ -97,6 +98,7 @@ class Outcome:
         inside: Requests inside the targets; of a trial that was given up, a lower bound.
         completed: Requests that gave every token.
         given_up: Whether it was given up.
+        gave_up_below: The share it was given up at, if it was.
         duration_s: Engine seconds to the last completion.
         output_tokens: Tokens emitted.
         preemptions: Sequences preempted.
@@ -124,6 +126,7 @@ class Outcome:
     tpot_p99_ms: float | None
     ttft_p50_ms: float | None
     ttft_p99_ms: float | None
+    gave_up_below: float | None = None
     phases: tuple[PhaseOutcome, ...] = field(default=())
 
     @property
@@ -147,7 +150,7 @@ class OutcomeStore:
     def load(self, trial: Trial) -> Outcome | None:
         """What the trial gave; None where that is not known, or only up to where it was given up.
 
-        A given-up outcome answers a trial that would be given up at the same share.
+        A given-up outcome answers a trial that would be given up at that share or above.
         """
         path = self._path(trial)
         try:
@@ -159,7 +162,7 @@ class OutcomeStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             _LOG.warning("%s cannot be read (%s): that trial is run again", path, error)
             return None
-        return None if outcome.given_up and trial.gives_up_below is None else outcome
+        return outcome if _answers(outcome, trial) else None
 
     def save(self, trial: Trial, outcome: Outcome) -> None:
         """Keeps an outcome.
@@ -174,6 +177,14 @@ class OutcomeStore:
     def _path(self, trial: Trial) -> Path:
         name = trial.name()
         return self._folder / name[:2] / f"{name}.json"
+
+
+def _answers(outcome: Outcome, trial: Trial) -> bool:
+    """Whether an outcome is what a trial would give, as far as the trial would go on."""
+    if not outcome.given_up:
+        return True
+    asked, gave_up = trial.gives_up_below, outcome.gave_up_below
+    return asked is not None and gave_up is not None and asked >= gave_up
 
 
 def run_stored(trial: Trial, store: OutcomeStore) -> Outcome:
@@ -264,6 +275,7 @@ def _outcome(trial: Trial, measured: RunMeasurement, watcher: _TrialWatcher) -> 
         tpot_p99_ms=_percentile(measured.tpot_ms, 99),
         ttft_p50_ms=_percentile(measured.ttft_ms, 50),
         ttft_p99_ms=_percentile(measured.ttft_ms, 99),
+        gave_up_below=trial.gives_up_below if watcher.given_up else None,
         phases=phases,
     )
 
