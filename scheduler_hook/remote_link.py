@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -48,19 +49,35 @@ def remote_link(settings: HookSettings, engine: EngineIdentity, local: LimitPoli
         ConfigError: An address or a file that can never work.
     """
     leases = LeaseHolder(engine.facts.startup_limits, settings.service_max_lease_seconds)
-    client = TunerClient(settings, lambda: hello(settings, engine), leases)
+    mark = secrets.token_hex(3)  # vLLM seeds the module random alike in every engine
+    client = TunerClient(settings, lambda: hello(settings, engine, mark), leases)
     return RemoteLink(RemotePolicy(local, leases, client), client)
 
 
-def hello(settings: HookSettings, engine: EngineIdentity) -> wire.EngineHello:
-    """The engine's first words."""
+def default_name(mark: str) -> str:
+    """HOSTNAME:PID:MARK.
+
+    Pods on their node's network share its hostname, and each counts its own processes. A
+    certificate of the hostname covers it; after a fork the PID is the child's.
+    """
+    return f"{socket.gethostname()}:{os.getpid()}:{mark}"
+
+
+def hello(settings: HookSettings, engine: EngineIdentity, mark: str) -> wire.EngineHello:
+    """The engine's first words.
+
+    Args:
+        settings: The hook's.
+        engine: What it says of itself.
+        mark: Tells it from others, where the settings give it no name.
+    """
     from batchpilot.protos.batchpilot.v1 import tuner_pb2 as wire
     from batchpilot.scheduler_hook.tuner_wire import facts_message
 
     return wire.EngineHello(
         id=wire.EngineId(
             group=settings.service_group,
-            engine=settings.service_engine or f"{socket.gethostname()}:{os.getpid()}",
+            engine=settings.service_engine or default_name(mark),
             data_parallel_rank=engine.rank,
         ),
         facts=facts_message(engine.facts),

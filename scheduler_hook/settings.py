@@ -72,7 +72,7 @@ class HookSettings(Parameters):
     service_token_file: str | None = parameter(None, help="file that holds a bearer token")
     service_group: str = parameter("default", help="the engines this one shares a policy with")
     service_engine: str | None = parameter(
-        None, help="this server's name in its group; HOSTNAME:PID if left out"
+        None, help="this server's name in its group; HOSTNAME:PID:RANDOM if left out"
     )
     service_max_lease_seconds: float = parameter(
         2.0, minimum=0.1, maximum=60, help="limits are dropped so long after the report they answer"

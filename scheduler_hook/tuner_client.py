@@ -35,6 +35,12 @@ OUTBOX_REPORTS = 16
 #: Until the service says how often it wants one.
 FIRST_INTERVAL_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
+#: A stream that lived for so long was a success.
+LASTING_SECONDS = 10.0
+#: How the service ends a stream when another session of its engine's name begins.
+REPLACED = "ABORTED"
+#: How streams end with a service that stops or dies.
+GONE = "UNAVAILABLE"
 
 
 @dataclass(slots=True)
@@ -79,6 +85,25 @@ class Backoff:
         seconds = min(self._longest, self._first * 2.0 ** min(self._attempts, 32))
         self._attempts += 1
         return seconds * random.uniform(0.5, 1.5)
+
+
+def has_worked(code: str, lived_seconds: float, leases: int) -> bool:
+    """Whether a stream that has ended was a success, after which the next attempt comes soon.
+
+    A service that restarts is sought at once, however short its stream was. One that sends the
+    engine away soon, or for a namesake's sake at any time, would only do so again.
+
+    Args:
+        code: How it ended.
+        lived_seconds: From its welcome to its end; 0 without a welcome.
+        leases: Those it brought that were accepted; an idle engine is sent none.
+    """
+    lasted = lived_seconds >= LASTING_SECONDS
+    if code == REPLACED:
+        return False
+    if code == GONE:
+        return lasted or leases > 0
+    return lasted and leases > 0
 
 
 class TunerClient:
@@ -131,6 +156,8 @@ class TunerClient:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._session: TunerSession | None = None
+        self._welcomed_at: float | None = None
+        self._welcome_told = False
 
     def start(self) -> None:
         """Starts the thread in this process; does nothing when it runs or has been closed.
@@ -199,16 +226,19 @@ class TunerClient:
         if not self.stats.connected:
             self.stats.connected = True
             self.stats.sessions += 1
-            self._last_failure = None
-            logger.info(
-                "batchpilot follows the tuning service at %s: a report every %.2f s",
-                target,
-                self.interval_seconds,
-            )
+            self._welcomed_at = self.clock()
+            if not self._welcome_told:
+                self._welcome_told = True
+                logger.info(
+                    "batchpilot follows the tuning service at %s: a report every %.2f s",
+                    target,
+                    self.interval_seconds,
+                )
 
     def _run(self) -> None:
         while not self._closing.is_set():
             target = next(self._targets)
+            self._welcomed_at, accepted_before = None, self.stats.leases["accepted"]
             try:
                 why = self._attempt(target)
             except ConfigError as error:
@@ -218,6 +248,11 @@ class TunerClient:
                 why = f"INTERNAL: {type(error).__name__}: {error}"
             if self._closing.is_set():
                 return
+            leases = self.stats.leases["accepted"] - accepted_before
+            lived = 0.0 if self._welcomed_at is None else self.clock() - self._welcomed_at
+            if has_worked(status_code(why), lived, leases):
+                self._backoff.reset()
+                self._last_failure = None
             self._lost(target, why)
             self._closing.wait(self._backoff.next_seconds())
 
@@ -240,18 +275,25 @@ class TunerClient:
             self.stats.connected = False
             channel.close()
             if self.stats.leases["accepted"] > accepted_before:
-                self._backoff.reset()
                 self._silent_sessions = 0
 
     def _lost(self, target: str, why: str) -> None:
-        """Counts the failure; logs it once until something changes."""
-        code = why.partition(":")[0]
+        """Counts the failure; logs it once until a stream has worked or it is another."""
+        code = status_code(why)
         self.stats.failures[code] += 1
         if code != self._last_failure:
             self._last_failure = code
+            self._welcome_told = False
+            remedy = "; another engine has this one's name: give each a service_engine of its own"
             logger.warning(
                 "batchpilot has no tuning service at %s (%s); the local policy decides "
-                "meanwhile, and it tries again",
+                "meanwhile, and it tries again%s",
                 target,
                 why,
+                remedy if code == REPLACED else "",
             )
+
+
+def status_code(why: str) -> str:
+    """The code that an end's text begins with."""
+    return why.partition(":")[0]

@@ -10,7 +10,7 @@ The file of clients:
 
 A client is known by a token (given as itself or, better, as its SHA-256) or by a name in its
 certificate. `groups` and `engines` are patterns that bind the role engine; without them it may
-speak for any.
+speak for any. A file of no clients says so: `clients: []`.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def read_access(path: Path | None) -> AccessList:
     """Reads the file of clients; an empty list without one.
 
     Raises:
-        ConfigError: It cannot be read, others may read or change it, or an entry does not fit.
+        ConfigError: It cannot be read, is empty, others may read or change it, or an entry does not
+            fit.
     """
     if path is None:
         return AccessList()
@@ -166,7 +167,9 @@ def read_access(path: Path | None) -> AccessList:
     unknown = sorted(set(content) - {"clients"}, key=str)
     if unknown:
         raise ConfigError(f"{path}: unknown key {unknown[0]!r}; allowed: clients")
-    entries = content.get("clients") or []
+    entries = content.get("clients")
+    if entries is None:  # as while an editor writes it anew
+        raise ConfigError(f"{path}: empty; for no clients, say so: clients: []")
     if not isinstance(entries, list):
         raise ConfigError(f"{path}: clients is not a list")
     clients = tuple(

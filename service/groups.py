@@ -7,7 +7,7 @@ the file has the last word, and the promotion is forgotten.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class Promotion:
         canary_share: The share of engines that try it.
         history: The policies before, newest last.
         held_policy: What decides for all engines until `held_until`; empty where nothing does.
-        held_until: Unix time in seconds, which replicas share.
+        held_until: Unix time in seconds, by the clock of the replica that was asked.
     """
 
     configured: str
@@ -115,11 +115,13 @@ class Groups:
 
     Attributes:
         generation: Changes whenever any choice may have; sessions compare it.
+        when_overruled: Told of the promotions that newer settings have overruled, by group.
     """
 
     def __init__(self, default: GroupSettings, groups: Mapping[str, GroupSettings]) -> None:
         """Takes the settings as they are."""
         self.generation = 0
+        self.when_overruled: Callable[[Mapping[str, Promotion]], None] = lambda overruled: None
         self._default = default
         self._groups = dict(groups)
         self._promotions: dict[str, Promotion] = {}
@@ -139,16 +141,19 @@ class Groups:
         self._default, self._groups = default, dict(groups)
         before = self._promotions
         self.set_promotions(before)
-        for group in before.keys() - self._promotions.keys():
+        overruled = {g: p for g, p in before.items() if g not in self._promotions}
+        for group, promotion in overruled.items():
             logger.warning(
                 "group %s has policy %s of the settings; forgotten is %s",
                 group,
                 self.settings(group).policy,
-                before[group].text,
+                promotion.text,
             )
+        if overruled:
+            self.when_overruled(overruled)
 
     def set_promotions(self, promotions: Mapping[str, Promotion]) -> None:
-        """Replaces all promotions; drops those that newer settings have overruled."""
+        """Replaces all promotions, but for those made under other settings than these."""
         self._promotions = {
             group: promotion
             for group, promotion in promotions.items()

@@ -1,25 +1,37 @@
-"""Promotions as they are asked for: checked, made, and kept in the state file."""
+"""Promotions as they are asked for: checked, made, and kept in the state file.
+
+Replicas that share the file change it one at a time, each from what it says by then. A hold lasts
+by the monotonic clock of each replica, from when it was asked for there or first seen in the file.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import grpc
 
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
-from batchpilot.service.groups import Groups, Promotion
+from batchpilot.service.groups import LONGEST_HOLD_SECONDS, Groups, Promotion
 from batchpilot.service.policy_source import trial_targets
 from batchpilot.service.refusals import RefusalError
 from batchpilot.service.sessions import SessionTable
 from batchpilot.service.state import read_promotions, write_promotions
 
 logger = logging.getLogger("batchpilot.service")
+
+#: A change takes milliseconds, and no engine is answered while one waits for a replica that hangs.
+LOCK_SECONDS = 0.5
+
+Hold = tuple[str, str, float]
 
 
 class Promotions:
@@ -36,6 +48,11 @@ class Promotions:
         self._groups = groups
         self._sessions = sessions
         self._path = path
+        # When each hold that the file has ends here, in monotonic seconds.
+        self._hold_ends: dict[Hold, float] = {}
+        # The settings' policies before their edit, by group, whose promotions the file still has.
+        self._overruled: dict[str, str] = {}
+        groups.when_overruled = self._overrule
 
     def load(self) -> None:
         """Takes up what the state file says.
@@ -46,7 +63,7 @@ class Promotions:
         if self._path is not None:
             if not self._path.parent.is_dir():
                 raise ConfigError(f"{self._path}: its folder is not there")
-            self._groups.set_promotions(_current(read_promotions(self._path)))
+            self._groups.set_promotions(self._current(self._read()))
 
     def check_group(self, group: str) -> str:
         """The group, if it exists: settings, promotions or engines here name it.
@@ -106,7 +123,7 @@ class Promotions:
             canary_share=promotion.canary_share,
             history=promotion.history,
             held_policy=promotion.held_policy,
-            held_seconds_left=max(0.0, promotion.held_until - time.time()),
+            held_seconds_left=max(0.0, self._seconds_left(group, promotion)),
             engines=engines,
         )
 
@@ -116,10 +133,12 @@ class Promotions:
         Raises:
             RefusalError: UNAVAILABLE: it could not be kept, and has not been made.
         """
-        now = self._groups.promotion(group)
-        self._put(group, now.promoted(policy) if share == 1 else now.with_canary(policy, share))
-        if now.held_policy:
-            logger.info("group %s is no longer held at %s: a promotion", group, now.held_policy)
+        before = self._change(
+            group,
+            lambda now: now.promoted(policy) if share == 1 else now.with_canary(policy, share),
+        )
+        if before.held_policy:
+            logger.info("group %s is no longer held at %s: a promotion", group, before.held_policy)
 
     def hold(self, group: str, policy: str, seconds: float) -> None:
         """Holds a group at a policy for a while, or ends that with 0 seconds.
@@ -127,24 +146,30 @@ class Promotions:
         Raises:
             RefusalError: UNAVAILABLE: as `promote`.
         """
-        now = self._groups.promotion(group)
-        if seconds > 0:
-            self._put(group, now.held(policy, time.time() + seconds))
-        elif now.held_policy:
-            self._put(group, now.released())
+
+        def changed(now: Promotion) -> Promotion | None:
+            if seconds > 0:
+                until = time.time() + seconds
+                self._hold_ends[group, policy, until] = time.monotonic() + seconds
+                return now.held(policy, until)
+            return now.released() if now.held_policy else None
+
+        self._change(group, changed)
 
     def end_holds(self) -> None:
         """Ends what has been held for its time; call it every second or so.
 
-        The state file keeps what is over until it is next written: nobody takes it up again.
+        Tries again to take out of the state file what could not be taken out when it was overruled.
+        The state file keeps what is over until the group is next changed: nobody takes it up again.
         """
-        held = {group: p for group, p in self._groups.promotions.items() if p.held_policy}
-        if not any(map(_is_over, held.values())):
+        self._write_off()
+        promotions = self._groups.promotions
+        over = {group: p for group, p in promotions.items() if self._is_over(group, p)}
+        if not over:
             return
-        self._groups.set_promotions(_current(self._groups.promotions))
-        for group, promotion in held.items():
-            if _is_over(promotion):
-                logger.info("group %s is no longer held at %s", group, promotion.held_policy)
+        self._groups.set_promotions(self._current(promotions))
+        for group, promotion in over.items():
+            logger.info("group %s is no longer held at %s", group, promotion.held_policy)
 
     def roll_back(self, group: str) -> str:
         """Ends what holds a group, else its canary, else gives it the policy before.
@@ -155,42 +180,142 @@ class Promotions:
         Raises:
             RefusalError: FAILED_PRECONDITION: it had none. UNAVAILABLE: as `promote`.
         """
-        now = self._groups.promotion(group)
-        before = now.rolled_back()
-        if before is None:
+        seen = self._groups.promotion(group)
+        before = self._change(group, lambda now: _rolled_back(group, now, seen))
+        ended = seen.held_policy or seen.canary_policy
+        return ended or before.held_policy or before.canary_policy or before.policy
+
+    def _change(self, group: str, change: Callable[[Promotion], Promotion | None]) -> Promotion:
+        """Changes what the state file says of a group by now; None leaves it.
+
+        Returns:
+            What was changed.
+
+        Raises:
+            RefusalError: UNAVAILABLE: it could not be kept, and has not been made.
+        """
+        try:
+            with _locked(self._path):
+                promotions = self._read()
+                self._groups.set_promotions(self._current(promotions))
+                now = self._groups.promotion(group)
+                changed = change(now)
+                if changed is not None:
+                    promotions[group] = changed
+                    self._write(promotions)
+                    self._groups.set_promotions(self._current(promotions))
+                return now
+        except (OSError, ConfigError) as error:
+            logger.error("promotions cannot be kept in %s: %s", self._path, error)
             raise RefusalError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "no_history",
-                f"group {group} has had no other policy since its settings were last changed",
-            )
-        self._put(group, before)
-        return now.held_policy or now.canary_policy or now.policy
+                grpc.StatusCode.UNAVAILABLE,
+                "state",
+                "the promotion could not be kept, so it was not made; see the service's log",
+            ) from None
 
-    def _put(self, group: str, promotion: Promotion) -> None:
-        promotions = {**self._groups.promotions, group: promotion}
+    def _read(self) -> dict[str, Promotion]:
+        """What the state file says, or what is in force without one, but for what is overruled.
+
+        Also of groups that have other settings here: those of another replica may be newer.
+        """
+        found = self._groups.promotions if self._path is None else read_promotions(self._path)
+        holds = {(g, p.held_policy, p.held_until) for g, p in found.items()}
+        self._hold_ends = {hold: end for hold, end in self._hold_ends.items() if hold in holds}
+        return {g: p for g, p in found.items() if self._overruled.get(g) != p.configured}
+
+    def _write(self, promotions: Mapping[str, Promotion]) -> None:
         if self._path is not None:
-            try:
-                # Another replica may have promoted for another group meanwhile.
-                promotions = {**_current(read_promotions(self._path)), group: promotion}
-                write_promotions(self._path, promotions)
-            except (OSError, ConfigError) as error:
-                logger.error("promotions cannot be kept in %s: %s", self._path, error)
-                raise RefusalError(
-                    grpc.StatusCode.UNAVAILABLE,
-                    "state",
-                    "the promotion could not be kept, so it was not made; see the service's log",
-                ) from None
-        self._groups.set_promotions(promotions)
+            write_promotions(self._path, promotions)
+        self._overruled.clear()
+
+    def _overrule(self, promotions: Mapping[str, Promotion]) -> None:
+        """Takes what an edit of the settings has overruled out of the state file too."""
+        if self._path is None:
+            return
+        self._overruled |= {group: p.configured for group, p in promotions.items()}
+        problem = self._write_off()
+        if problem:
+            logger.error("what is forgotten is still in %s: %s", self._path, problem)
+
+    def _write_off(self) -> str:
+        """Rewrites the state file without what is overruled; returns why it cannot be done."""
+        if not self._overruled:
+            return ""
+        try:
+            with _locked(self._path):
+                kept = self._read()
+                if kept.keys() != read_promotions(self._path).keys():  # else another replica has
+                    self._write(kept)
+                self._overruled.clear()
+        except (OSError, ConfigError) as error:
+            return str(error)
+        return ""
+
+    def _current(self, promotions: Mapping[str, Promotion]) -> dict[str, Promotion]:
+        """Without what has been held for its time."""
+        return {
+            group: promotion.released() if self._is_over(group, promotion) else promotion
+            for group, promotion in promotions.items()
+        }
+
+    def _is_over(self, group: str, promotion: Promotion) -> bool:
+        """Whether it has been held for its time."""
+        return bool(promotion.held_policy) and self._seconds_left(group, promotion) <= 0
+
+    def _seconds_left(self, group: str, promotion: Promotion) -> float:
+        """How long it is still held; the wall clock counts only where a hold is first seen."""
+        if not promotion.held_policy:
+            return 0.0
+        now = time.monotonic()
+        at_most = min(promotion.held_until - time.time(), LONGEST_HOLD_SECONDS)
+        hold = (group, promotion.held_policy, promotion.held_until)
+        return self._hold_ends.setdefault(hold, now + at_most) - now
 
 
-def _current(promotions: Mapping[str, Promotion]) -> dict[str, Promotion]:
-    """Without what has been held for its time."""
-    return {
-        group: promotion.released() if _is_over(promotion) else promotion
-        for group, promotion in promotions.items()
-    }
+def _rolled_back(group: str, now: Promotion, seen: Promotion) -> Promotion | None:
+    """What a group becomes; None where the hold or canary that was seen here has ended meanwhile.
+
+    Raises:
+        RefusalError: FAILED_PRECONDITION: it has had no other policy.
+    """
+    if seen.held_policy:
+        has_ended = not now.held_policy
+    else:
+        there = now.held_policy or now.canary_policy
+        has_ended = bool(seen.canary_policy) and there != seen.canary_policy
+    if has_ended:
+        return None
+    before = now.rolled_back()
+    if before is None:
+        raise RefusalError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "no_history",
+            f"group {group} has had no other policy since its settings were last changed",
+        )
+    return before
 
 
-def _is_over(promotion: Promotion) -> bool:
-    """Whether it has been held for its time."""
-    return bool(promotion.held_policy) and promotion.held_until <= time.time()
+@contextmanager
+def _locked(path: Path | None) -> Iterator[None]:
+    """Holds the state file against other replicas.
+
+    Raises:
+        OSError: It cannot be locked, or another replica does not let go of it.
+    """
+    if path is None:
+        yield
+        return
+    with path.with_name(f".{path.name}.lock").open("a") as file:
+        _lock(file)
+        yield
+
+
+def _lock(file: IO[str]) -> None:
+    give_up = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= give_up:
+                raise TimeoutError(f"locked by another replica for {LOCK_SECONDS:g} s") from None
+        time.sleep(0.005)

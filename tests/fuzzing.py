@@ -245,7 +245,7 @@ async def _fuzz_requests(messages: int, seed: int) -> Counter[str]:
     from batchpilot.service.access import Caller, Role
 
     chance, path, fuzzed = random.Random(seed), RequestPath(), 0
-    greeting = wire.TuneRequest(hello=hello(SETTINGS, IDENTITY))
+    greeting = wire.TuneRequest(hello=hello(SETTINGS, IDENTITY, "a1b2c3"))
     while fuzzed < messages:
         first = greeting.SerializeToString()
         if chance.random() < 0.3:

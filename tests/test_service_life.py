@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from serving import (
     serving,
 )
 
+from batchpilot.agents.parameters import ConfigError
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
 from batchpilot.service import server
@@ -202,6 +204,58 @@ def test_a_fault_in_reading_a_file_is_logged_and_the_next_change_is_taken_up(tmp
     (record,) = caplog.records
     assert record.getMessage() == f"{path}: what was read before stays in force"
     assert record.exc_info[0] is ZeroDivisionError
+
+
+def test_a_file_that_cannot_be_used_is_tried_at_every_look_and_logged_when_the_reason_changes(
+    tmp_path, caplog
+):
+    path, reasons, read = tmp_path / "one.yaml", [], []
+
+    def load():
+        if reasons:
+            raise reasons[0]
+        read.append("one")
+
+    meters = Meters()
+    file = WatchedFile(path, load)
+    reloader = Reloader([file], meters)
+
+    def look(times, forced=False):
+        caplog.clear()
+        for _ in range(times):
+            reloader.look(file, forced=forced)
+        return [text.rpartition(" ")[2] for text in caplog.messages]
+
+    with caplog.at_level("ERROR", "batchpilot.service"):
+        assert look(3) == []  # nothing has changed
+        reasons[:] = [ConfigError("mode")]
+        path.write_text("another")
+        assert look(3) == ["mode"]
+        reasons[:] = [ConfigError("rights")]
+        assert look(3) == ["rights"]
+        assert look(1, forced=True) == ["rights"]  # who sends SIGHUP is answered
+        path.write_text("a third one")
+        assert look(3) == ["rights"]  # and who edits the file
+        reasons[:] = [ZeroDivisionError("never thought of")]
+        assert look(3) == ["force"]
+        assert (read, meters.reloads) == ([], {"failed": 13})
+        reasons.clear()
+        assert look(3) == []
+        assert (read, meters.reloads) == (["one"], {"failed": 13, "ok": 1})
+        reasons[:] = [ConfigError("rights")]
+        assert look(1, forced=True) == ["rights"]
+
+
+def test_a_file_whose_mode_alone_has_changed_is_read_again(tmp_path):
+    path, read = tmp_path / "one.yaml", []
+    path.write_text("something")
+    file = WatchedFile(path, lambda: read.append("one"))
+    reloader = Reloader([file], Meters())
+    time.sleep(0.05)  # the times of files are as coarse as a tick of the kernel
+    path.chmod(0o604)
+    for _ in range(2):
+        reloader.look(file, forced=False)
+    assert read == ["one"]
 
 
 def test_a_fault_in_tidying_is_logged_and_the_rest_and_the_next_pass_come(monkeypatch, caplog):

@@ -1,8 +1,11 @@
 """Which policy decides for whom: groups, promotions, canaries, learned policies and their log."""
 
 import asyncio
+import fcntl
 import json
+import threading
 import time
+from types import SimpleNamespace
 
 import grpc
 import pyarrow.parquet as pq
@@ -18,6 +21,9 @@ from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
 from batchpilot.service.canaries import Trial
 from batchpilot.service.groups import Groups, Promotion, is_canary, trial_salt
 from batchpilot.service.make_example_policy import write_example
+from batchpilot.service.promotions import Promotions
+from batchpilot.service.refusals import RefusalError
+from batchpilot.service.sessions import SessionTable
 from batchpilot.service.settings import CanarySettings, GroupSettings
 from batchpilot.service.state import read_promotions, write_promotions
 from batchpilot.service.wire import EngineKey
@@ -151,6 +157,80 @@ def test_what_nobody_holds_anew_ends_by_itself_at_every_replica(tmp_path):
     run(test)
 
 
+def replica(path=None, chat="static"):
+    """The groups of a replica, and what changes them; `path` is the state file, shared or none."""
+    groups = Groups(GroupSettings(policy="static"), {"chat": GroupSettings(policy=chat)})
+    promotions = Promotions(groups, SessionTable(9, 9, 9), path)
+    promotions.load()
+    return groups, promotions
+
+
+def edit(groups, chat):
+    """The settings give group chat another policy."""
+    groups.configure(GroupSettings(policy="static"), {"chat": GroupSettings(policy=chat)})
+
+
+@pytest.fixture
+def clocks(monkeypatch):
+    """The two clocks of a machine, which stand still."""
+    found = SimpleNamespace(wall=1e9, monotonic=100.0)
+    faked = SimpleNamespace(time=lambda: found.wall, monotonic=lambda: found.monotonic)
+    monkeypatch.setattr("batchpilot.service.promotions.time", faked)
+    return found
+
+
+@pytest.mark.parametrize("step_seconds", [-7200.0, 0.0, 7200.0])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_hold_lasts_as_long_as_was_asked_whatever_becomes_of_the_wall_clock(
+    tmp_path, clocks, step_seconds, kept
+):
+    path = tmp_path / "state.json" if kept else None
+    groups, promotions = replica(path)
+    promotions.hold("chat", "memory", 30.0)
+    replicas = [(groups, promotions), *([replica(path)] if kept else [])]
+    clocks.wall += step_seconds + 29.0
+    clocks.monotonic += 29.0
+    for groups, promotions in replicas:
+        for passes in range(3):  # every second, and whenever the file changes
+            promotions.load()
+            promotions.end_holds()
+            assert groups.choose(KEYS[0]).policy == "memory", passes
+        assert promotions.describe("chat").held_seconds_left == 1.0
+    clocks.wall += 1.0
+    clocks.monotonic += 1.0
+    for groups, promotions in replicas:
+        promotions.end_holds()
+        for passes in range(3):
+            assert groups.promotion("chat") == Promotion("static", "static"), passes
+            promotions.load()  # the file still has it
+            promotions.end_holds()
+
+
+@pytest.mark.parametrize(
+    ("behind_seconds", "left"), [(0.0, 30.0), (10.0, 40.0), (1e6, 3600.0), (-10.0, 20.0)]
+)
+def test_a_hold_of_a_replica_with_another_clock_lasts_an_hour_at_most(
+    tmp_path, clocks, behind_seconds, left
+):
+    _, asked = replica(tmp_path / "state.json")
+    asked.hold("chat", "memory", 30.0)
+    clocks.wall -= behind_seconds
+    _, other = replica(tmp_path / "state.json")
+    assert other.describe("chat").held_seconds_left == left
+
+
+def test_a_replica_whose_clock_is_ahead_ends_no_hold_in_the_file(tmp_path, clocks):
+    path = tmp_path / "state.json"
+    groups, asked = replica(path)
+    asked.hold("chat", "memory", 30.0)
+    clocks.wall += 60.0
+    _, ahead = replica(path)
+    assert ahead.policy("chat") == "static"
+    ahead.promote("default", "aimd", 1.0)
+    asked.load()
+    assert (groups.promotion("chat").in_force, asked.policy("default")) == ("memory", "aimd")
+
+
 def test_whoever_promotes_or_rolls_back_ends_what_holds_a_group():
     held = Promotion("static", "static", "sla", 0.5, ("memory",)).held("aimd", 1e12)
     assert held.promoted("trtllm").in_force == "trtllm"
@@ -182,6 +262,150 @@ def test_promotions_outlive_the_service_and_reach_other_replicas(tmp_path):
             assert overruled.groups.promotion("chat").policy == "memory-clt"
 
     run(test)
+
+
+def reload(groups, promotions, path):
+    promotions.load()
+    return groups
+
+
+def promote_another_group(groups, promotions, path):
+    promotions.promote("default", "aimd", 1.0)
+    return groups
+
+
+def start_again(groups, promotions, path):
+    return replica(path)[0]
+
+
+@pytest.mark.parametrize("then", [reload, promote_another_group, start_again])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_what_an_edit_overruled_does_not_come_back_with_the_policy_before(tmp_path, share, then):
+    path = tmp_path / "state.json"
+    groups, promotions = replica(path)
+    promotions.promote("chat", "memory", share)
+    edit(groups, "memory-peak")
+    assert read_promotions(path) == {}
+    edit(groups, "static")
+    assert then(groups, promotions, path).promotion("chat") == Promotion("static", "static")
+
+
+def test_an_edit_takes_nothing_from_other_groups_nor_from_replicas_with_newer_settings(tmp_path):
+    path = tmp_path / "state.json"
+    groups, promotions = replica(path)
+    promotions.promote("default", "aimd", 1.0)
+    promotions.promote("chat", "memory", 1.0)
+    newer_groups, newer = replica(path, chat="memory-peak")
+    assert newer_groups.promotion("chat").policy == "memory-peak"
+    newer.promote("default", "sla", 1.0)
+    promotions.load()
+    assert (promotions.policy("chat"), promotions.policy("default")) == ("memory", "sla")
+    newer.promote("chat", "predictive", 1.0)
+    edit(groups, "memory-peak")  # before it has seen what was promoted
+    promotions.load()
+    assert (promotions.policy("chat"), promotions.policy("default")) == ("predictive", "sla")
+
+
+def test_what_is_overruled_while_the_file_cannot_be_written_is_taken_out_later(
+    tmp_path, monkeypatch, caplog
+):
+    path = tmp_path / "state.json"
+    groups, promotions = replica(path)
+    promotions.promote("chat", "memory", 1.0)
+
+    def full_disk(path, promotions):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("batchpilot.service.promotions.write_promotions", full_disk)
+        edit(groups, "memory-peak")
+        edit(groups, "static")
+        for _ in range(3):  # every second
+            promotions.load()
+            promotions.end_holds()
+        assert groups.promotion("chat") == Promotion("static", "static")
+        assert read_promotions(path)["chat"].policy == "memory"
+    promotions.end_holds()
+    assert read_promotions(path) == {}
+    said = f"what is forgotten is still in {path}: no space left on device"
+    assert caplog.messages.count(said) == 1
+
+
+def test_replicas_that_promote_at_the_same_moment_lose_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    replicas = [replica(path)[1] for _ in range(2)]
+
+    def read_slowly(path):
+        found = read_promotions(path)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr("batchpilot.service.promotions.read_promotions", read_slowly)
+    threads = [
+        threading.Thread(target=each.promote, args=(group, "memory", 1.0))
+        for each, group in zip(replicas, ("chat", "batch"), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(read_promotions(path)) == {"chat", "batch"}
+
+
+def test_a_replica_changes_what_the_file_says_and_not_what_it_last_saw(tmp_path):
+    path = tmp_path / "state.json"
+    (groups, one), (_, other) = replica(path), replica(path)
+    one.promote("chat", "memory", 1.0)
+    other.promote("chat", "aimd", 1.0)
+    assert read_promotions(path)["chat"].history == ("static", "memory")
+    assert one.roll_back("chat") == "aimd"
+    assert groups.promotion("chat") == Promotion("static", "memory", history=("static",))
+    other.hold("chat", "sla", 60.0)
+    one.hold("chat", "", 0.0)
+    assert read_promotions(path)["chat"] == groups.promotion("chat")
+    assert groups.promotion("chat").held_policy == ""
+
+
+def test_what_two_replicas_end_at_the_same_moment_ends_once(tmp_path):
+    path = tmp_path / "state.json"
+    _, one = replica(path)
+    one.promote("chat", "memory", 1.0)
+    one.promote("chat", "aimd", 0.5)
+    _, other = replica(path)
+    assert [each.roll_back("chat") for each in (one, other)] == ["aimd", "aimd"]
+    assert one.policy("chat") == other.policy("chat") == "memory"  # and not static, before it
+    one.hold("chat", "sla", 60.0)
+    other.load()
+    assert [each.roll_back("chat") for each in (one, other)] == ["sla", "sla"]
+    assert read_promotions(path)["chat"] == Promotion("static", "memory", history=("static",))
+
+
+def test_a_trial_that_is_taken_back_leaves_alone_a_hold_that_has_begun_elsewhere(tmp_path):
+    path = tmp_path / "state.json"
+    _, judge = replica(path)
+    judge.promote("chat", "aimd", 0.5)
+    _, other = replica(path)
+    other.hold("chat", "sla", 60.0)
+    judge.roll_back("chat")
+    found = read_promotions(path)["chat"]
+    assert (found.held_policy, found.canary_policy) == ("sla", "aimd")
+
+
+def test_a_replica_that_hangs_with_the_file_in_its_hands_keeps_no_other_from_serving(tmp_path):
+    path = tmp_path / "state.json"
+    _, promotions = replica(path)
+    with (tmp_path / ".state.json.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        before = time.monotonic()
+        with pytest.raises(RefusalError) as refused:
+            promotions.promote("chat", "memory", 1.0)
+        assert time.monotonic() - before < 10.0
+    assert (refused.value.code, promotions.policy("chat")) == (
+        grpc.StatusCode.UNAVAILABLE,
+        "static",
+    )
+    promotions.promote("chat", "memory", 1.0)
+    assert read_promotions(path)["chat"].policy == "memory"
 
 
 def test_a_promotion_that_cannot_be_kept_is_not_made(tmp_path):

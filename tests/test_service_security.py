@@ -179,6 +179,34 @@ def test_a_token_that_is_taken_away_ends_its_streams_and_no_others(tmp_path, acc
     run(test)
 
 
+def test_a_file_that_is_put_right_as_the_log_asks_counts_at_once(tmp_path, access, caplog):
+    path = tmp_path / "access.yaml"
+
+    async def test():
+        async with (
+            serving(default=STATIC, access=access) as service,
+            channel_to(service) as channel,
+        ):
+            engine = Engine(channel, TOKENS["fleet"])
+            await engine.begin()
+            for number, text in enumerate(("", "# clients: []\n"), start=1):
+                path.write_text(text)
+                service.reloader.now()
+                while service.meters.reloads["failed"] < number:
+                    await asyncio.sleep(0.01)
+            assert (await engine.ask(1)).sequence == 1  # an emptied file ends nothing
+            write_clients(path, clients()[1:]).chmod(0o644)
+            while f"try: chmod 600 {path}, or keep" not in caplog.text:
+                await asyncio.sleep(0.01)
+            assert (await engine.ask(2)).sequence == 2
+            path.chmod(0o600)
+            code, text = await engine.status()
+            assert code is grpc.StatusCode.UNAUTHENTICATED
+            assert text == "fleet is no longer known, or known otherwise"
+
+    run(test)
+
+
 async def watching(channel, name):
     """A WatchEngine stream that has begun."""
     stub = tuner_pb2_grpc.TunerServiceStub(channel)

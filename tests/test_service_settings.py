@@ -232,6 +232,23 @@ def test_a_file_of_clients_that_does_not_fit_is_refused(tmp_path, text, complain
         read_access(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["", "# clients: []\n", "{}", "clients:", "clients:\n# - {name: a}"]
+)
+def test_a_file_of_clients_that_has_become_empty_is_refused(tmp_path, text):
+    path = tmp_path / "access.yaml"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(
+        ConfigError, match=r"access.yaml: empty; for no clients, say so: clients: \["
+    ):
+        read_access(path)
+
+
+def test_no_clients_are_asked_for_by_an_empty_list(tmp_path):
+    assert read_access(write(tmp_path / "access.yaml", [])) == AccessList()
+
+
 def test_a_section_or_a_group_may_be_left_empty():
     content = {"server": None, "canary": None, "groups": {"chat": None}}
     settings = parse_settings(content, where="test")

@@ -1,5 +1,6 @@
 """The service and the hook's own client together: many replicas, certificates, every step told."""
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -162,6 +163,29 @@ def test_the_hook_is_let_in_by_its_certificate_under_its_own_name_only(
     wait_until(lambda: denied._client.stats.failures["PERMISSION_DENIED"] > 0)
     assert limit(denied) is None
     assert denied.latest.limits.max_num_seqs == 5
+
+
+def test_engines_of_one_name_take_turns_ever_more_slowly_and_each_is_told_once(
+    service_process, engines, caplog, monkeypatch
+):
+    logger = logging.getLogger("vllm.batchpilot")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    _, address = service_process("--policy", "static")
+    twins = [engines(address, "node-1") for _ in range(2)]
+    stats = [twin._client.stats for twin in twins]
+    wait_until(lambda: all(s.failures["ABORTED"] >= 4 and s.leases["accepted"] for s in stats))
+    for twin in twins:
+        twin.close()
+    # Not one stream of theirs was taken for a success, after which the waits begin anew.
+    assert [twin._client._backoff._attempts for twin in twins] == [
+        s.failures.total() for s in stats
+    ]
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    for warning in warnings:
+        assert "a new session of default/node-1/0 has replaced this one" in warning
+        assert warning.endswith("give each a service_engine of its own")
 
 
 def test_a_policy_that_learns_lengths_is_told_every_step(service_process, engines):

@@ -2,10 +2,14 @@
 
 import logging
 import multiprocessing
+import os
+import random
+import socket
 import threading
 import time
 from contextlib import closing
 
+import grpc
 import pytest
 from driving import build_core, drive, random_requests
 from tcp_proxy import Proxy
@@ -22,11 +26,26 @@ from batchpilot.scheduler_hook.tuner_client import (
     FIRST_INTERVAL_SECONDS,
     OUTBOX_REPORTS,
     Backoff,
+    has_worked,
 )
+from batchpilot.service.access import certificate_scope
+from batchpilot.service.wire import EngineKey
 
 FACTS = EngineFacts(BatchLimits(64, 2048), total_blocks=100, block_size=16)
 IDENTITY = EngineIdentity(FACTS, "a-model", 3, "0.32.0")
 STEP = StepRecord(0.02, 3, 3, 0)
+
+
+class NotedBackoff(Backoff):
+    """Waits as little as a test can, and notes how often each wait had been doubled."""
+
+    def __init__(self):
+        super().__init__(first_seconds=0.01, longest_seconds=0.02)
+        self.doublings = []
+
+    def next_seconds(self):
+        self.doublings.append(self._attempts)
+        return super().next_seconds()
 
 
 class Engine:
@@ -235,6 +254,89 @@ def test_a_service_that_comes_back_is_followed_again():
                 proxy.upstream = again.port
                 assert engine.steps_until(is_remote)
                 assert again.double.hellos
+
+
+def test_a_service_that_restarts_again_and_again_is_sought_at_once_each_time(log):
+    with (
+        Server(Double()) as server,
+        closing(Proxy(server.port)) as proxy,
+        Engine(f"localhost:{proxy.port}") as engine,
+    ):
+        stats, backoff = engine.client.stats, NotedBackoff()
+        engine.client._backoff = backoff
+        for restart in (1, 2, 3):
+            accepted = stats.leases["accepted"]
+            assert engine.steps_until(lambda _, seen=accepted: stats.leases["accepted"] > seen)
+            proxy.drop()
+            assert engine.steps_until(lambda _, n=restart: stats.failures["UNAVAILABLE"] >= n)
+        assert engine.steps_until(lambda _: stats.sessions == 4)
+    assert backoff.doublings == [0, 0, 0]
+    said = [line.partition(" tuning service")[0] for line in log()]
+    assert said == ["batchpilot follows the", "batchpilot has no"] * 3 + ["batchpilot follows the"]
+
+
+class Replacing(Double):
+    """A service where a namesake takes the session as soon as it has a lease."""
+
+    def Tune(self, requests, context):
+        answers = super().Tune(requests, context)
+        yield next(answers)
+        yield next(answers)
+        context.abort(grpc.StatusCode.ABORTED, "a new session of default/host-1/3 replaced this")
+
+
+def test_engines_of_one_name_come_back_ever_more_slowly_and_are_told_what_to_do_once(
+    log, monkeypatch
+):
+    monkeypatch.setattr(tuner_client, "LASTING_SECONDS", 0.0)  # a namesake far away is no better
+    with Server(Replacing()) as server, Engine(server.target) as engine:
+        backoff = engine.client._backoff = NotedBackoff()
+        assert engine.steps_until(lambda _: engine.client.stats.failures["ABORTED"] >= 5)
+        assert engine.client.stats.leases["accepted"] >= 5
+    assert backoff.doublings[:5] == [0, 1, 2, 3, 4]
+    (warning,) = [line for line in log() if "no tuning service" in line]
+    assert warning.endswith(
+        "(ABORTED: a new session of default/host-1/3 replaced this); the local policy decides "
+        "meanwhile, and it tries again; another engine has this one's name: give each a "
+        "service_engine of its own"
+    )
+    assert len([line for line in log() if "follows the tuning service" in line]) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "lived_seconds", "leases", "worked"),
+    [
+        ("UNAVAILABLE", 0.5, 1, True),  # it restarts, or another replica is better
+        ("UNAVAILABLE", 0.5, 0, False),
+        ("UNAVAILABLE", 10.0, 0, True),  # the engine was idle
+        ("INVALID_ARGUMENT", 9.9, 40, False),
+        ("INVALID_ARGUMENT", 10.0, 40, True),
+        ("SILENT", 10.0, 5, True),
+        ("SILENT", 64.0, 0, False),  # its policy has failed
+        ("ABORTED", 0.5, 1, False),
+        ("ABORTED", 86_400.0, 9_999, False),
+    ],
+)
+def test_a_stream_has_worked_that_lasted_or_that_a_restart_cut_short(
+    code, lived_seconds, leases, worked
+):
+    assert has_worked(code, lived_seconds, leases) is worked
+
+
+def test_engines_without_a_name_differ_where_hostname_and_pid_do_not():
+    """As they do in pods on their node's network; vLLM seeds `random` alike in all of them."""
+    names = []
+    for _ in range(2):
+        random.seed(0)
+        with Engine("localhost:1", service_engine=None) as engine:
+            first, again = engine.client.make_hello().id, engine.client.make_hello().id
+        assert first == again  # one name as long as it lives
+        names.append(first.engine)
+    assert len(set(names)) == 2
+    hostname, pid, _ = zip(*(name.rsplit(":", 2) for name in names), strict=True)
+    assert (set(hostname), set(pid)) == ({socket.gethostname()}, {str(os.getpid())})
+    scope = certificate_scope([socket.gethostname()])
+    assert all(scope.allows(EngineKey("default", name, 0)) for name in names)
 
 
 def test_a_silent_service_is_given_up_after_the_longest_lease():
