@@ -49,7 +49,7 @@ def remote_link(settings: HookSettings, engine: EngineIdentity, local: LimitPoli
         ConfigError: An address or a file that can never work.
     """
     leases = LeaseHolder(engine.facts.startup_limits, settings.service_max_lease_seconds)
-    mark = secrets.token_hex(3)  # vLLM seeds the module random alike in every engine
+    mark = secrets.token_hex(3)  # the module random may be seeded alike in every engine
     client = TunerClient(settings, lambda: hello(settings, engine, mark), leases)
     return RemoteLink(RemotePolicy(local, leases, client), client)
 
