@@ -113,7 +113,7 @@ def compare_capacity(
         return [LOWEST - 1 if r is None else r for r in crew.map(what, find_rung, tasks)]
 
     # A search is short where it begins near its end, and those that cap prefill end far from those
-    # that do not: the default goes first, then one fixed pair, and the others begin at either's.
+    # that do not: the default goes first, then one that does, and the others begin at either's.
     rungs: dict[tuple[int, str, int], int] = {}
     pilots = [next((label for label in lineup if _caps_prefill(label)), None) for lineup in lineups]
 
@@ -129,7 +129,8 @@ def compare_capacity(
         rungs.update(zip(chosen, search(chosen, starts, what), strict=True))
 
     search_from([item for item in searches if item[1] == DEFAULT], False, "default")
-    search_from([item for item in searches if item[1] == pilots[item[0]]], False, "one fixed pair")
+    first = [item for item in searches if item[1] == pilots[item[0]]]
+    search_from(first, False, "one that caps prefill")
     others = [item for item in searches if item not in rungs]
     search_from([item for item in others if _caps_prefill(item[1])], True, "prefill capped")
     search_from([item for item in others if not _caps_prefill(item[1])], False, "all others")
