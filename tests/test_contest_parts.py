@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from batchpilot.agents.limits import BatchLimits, StepRecord
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.env.contest.capacity import CapacityResult, CapacityRow
+from batchpilot.env.contest.capacity_tables import _capacity_overview
 from batchpilot.env.contest.ladder import (
     HIGHEST,
     LOWEST,
@@ -257,6 +259,25 @@ def test_the_full_contest_crosses_lengths_and_targets():
     assert len(ContestSettings().slo_scenarios()) == 8
     assert len(ContestSettings(full=True).slo_scenarios()) == 32
     assert len(ContestSettings(quick=True).slo_scenarios()) == 4
+
+
+def test_a_ratio_of_medians_stands_beside_what_each_seed_says():
+    (scenario, _) = ContestSettings(profiles="llama-3.1-8b-h100").slo_scenarios()
+
+    def row(policy, *rates):
+        return CapacityRow(policy, (), rates)
+
+    result = CapacityResult(
+        scenario,
+        (row("static", 1.0, 2.0, 9.0, 0.0), row("predictive", 2.0, 2.0, 3.0, 1.0)),
+        common_rate_per_s=1.0,
+    )
+    overview = _capacity_overview([result])
+    (cells,) = overview.rows
+    shown = dict(zip(overview.headings, cells, strict=True))
+    assert shown["seeds above, equal, below"] == "2, 1, 1"
+    assert shown["requests"] == "200"
+    assert shown["x best static"] == "1.33"
 
 
 def test_summaries():

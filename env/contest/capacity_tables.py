@@ -45,18 +45,30 @@ def _capacity_overview(results: Sequence[CapacityResult]) -> TextTable:
                 _rate(ours),
                 _times(ours, default),
                 _times(ours, best),
+                _by_seed(ours, best),
+                f"{result.scenario.num_requests:,}",
             )
         )
     return TextTable(
         "Capacity: requests/s at which the targets are kept",
         (
             *("scenario", "default", "best static pair", "best watermark", "1+2 published"),
-            *(OURS, "x default", "x best static"),
+            *(OURS, "x default", "x best static", "seeds above, equal, below", "requests"),
         ),
         tuple(rows),
         "Medians over the seeds, (least-greatest). The best pair is the best for that scenario "
-        "alone.",
+        f"alone; {OURS} is above, equal to or below it on so many seeds. Requests of a run: the "
+        "fewer, the more one burst decides (--length).",
     )
+
+
+def _by_seed(row: CapacityRow | None, rival: CapacityRow) -> str:
+    """On how many seeds a row's capacity is above, equal to and below its rival's."""
+    if row is None:
+        return MISSING
+    pairs = list(zip(row.rates_per_s, rival.rates_per_s, strict=True))
+    above, below = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    return f"{above}, {len(pairs) - above - below}, {below}"
 
 
 def _ranking(results: Sequence[CapacityResult]) -> TextTable:
