@@ -67,6 +67,16 @@ def test_a_stalled_engine_writes_nothing(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cache_far_larger_than_what_was_measured_is_told_of(capsys, tmp_path, monkeypatch):
+    for blocks, is_told in ((PROFILE.num_blocks, True), (1000, False)):
+        profile = replace(PROFILE, num_blocks=blocks)
+        monkeypatch.setattr(
+            cli, "calibrate", lambda settings, progress, chosen=profile: (chosen, CELLS)
+        )
+        assert main(["calibrate", "--out", str(tmp_path / "p.json")]) == 0
+        assert ("up to 4,096 KV tokens were measured" in capsys.readouterr().err) is is_told
+
+
 def test_results_are_written_and_shown(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "calibrate", lambda settings, progress: (PROFILE, CELLS))
     out, plot = tmp_path / "p.json", tmp_path / "p.svg"

@@ -37,6 +37,8 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 #: Mean relative error beyond which a fit is more likely disturbed than the form wrong.
 DOUBTFUL_ERROR = 0.1
+#: Share of the KV cache below which the largest measured batch says little of a full one.
+LEAST_MEASURED_SHARE = 0.25
 # Where the output is no terminal its width is unknown; the table fits this.
 PLAIN_WIDTH = 100
 
@@ -85,6 +87,13 @@ def run(args: argparse.Namespace) -> int:
     _print_profile(profile, cells)
     if profile.fit_error.mean_relative > DOUBTFUL_ERROR:
         _complain("the fit is poor; if the machine did other work meanwhile, calibrate again")
+    measured = max((cell.sample.kv_tokens for cell in cells), default=0)
+    if measured < LEAST_MEASURED_SHARE * profile.kv_capacity_tokens:
+        _complain(
+            f"steps with up to {measured:,} KV tokens were measured, where "
+            f"{profile.kv_capacity_tokens:,} fit: larger batches are extrapolated, and the error "
+            "above says nothing of them"
+        )
     try:
         _write(settings, profile, cells)
     except OSError as error:
