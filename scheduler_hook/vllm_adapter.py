@@ -19,6 +19,7 @@ In all three a limit of at least `max(1, N)` and at most the start-up value is s
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -336,7 +337,7 @@ class VllmAdapter:
         """
         facts, own = self.facts, self._long_prefill_tokens
         share = own * tokens // facts.startup_limits.max_num_batched_tokens
-        decodes = len(self._scheduler.running) * facts.tokens_per_decode
+        decodes = math.ceil(len(self._scheduler.running) * (self._tokens_per_decode or 1.0))
         return min(own, max(min(share, tokens - decodes), facts.prefill_block_tokens, 1))
 
     def snapshot(self, clock_seconds: float, binding: Binding) -> EngineSnapshot:

@@ -396,7 +396,9 @@ def test_the_stock_scheduler_is_the_one_vllm_would_take(is_async):
 def test_room_for_drafts_that_are_not_found_shrinks_within_tens_of_steps(monkeypatch):
     """Whatever of a step's budget drafts leave, vLLM gives to prompts."""
     core = build_core(async_scheduling=False)
+    config = core.scheduler.scheduler_config
     monkeypatch.setattr(core.scheduler, "num_spec_tokens", 5)
+    monkeypatch.setattr(config, "long_prefill_token_threshold", 128)
     adapter = VllmAdapter(core.scheduler)
 
     def room_after_step() -> float:
@@ -414,6 +416,8 @@ def test_room_for_drafts_that_are_not_found_shrinks_within_tens_of_steps(monkeyp
     rooms = [room_after_step() for _ in range(30)]
     assert rooms == sorted(rooms, reverse=True)
     assert rooms[-1] == 1.0
+    adapter.apply(BatchLimits(8, 8))  # nor is it kept from long prompts
+    assert config.long_prefill_token_threshold == 4
 
 
 def test_an_engine_that_does_not_speculate_has_one_token_for_each_sequence():
