@@ -35,9 +35,7 @@ class KvGrowth(NamedTuple):
 
     def of_one(self, context: float) -> float:
         """KV tokens of one sequence with so many tokens of context."""
-        if self.share == 1.0:
-            return context
-        return self.share * context + (1 - self.share) * min(context, self.window_tokens)
+        return float(self.held(np.asarray(context, dtype=np.float64)))
 
     def per_token(self, context: float) -> float:
         """KV tokens that one token more takes there."""

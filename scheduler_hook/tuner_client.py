@@ -249,6 +249,8 @@ class TunerClient:
             if self._closing.is_set():
                 return
             leases = self.stats.leases["accepted"] - accepted_before
+            if leases:
+                self._silent_sessions = 0
             lived = 0.0 if self._welcomed_at is None else self.clock() - self._welcomed_at
             if has_worked(status_code(why), lived, leases):
                 self._backoff.reset()
@@ -261,7 +263,6 @@ class TunerClient:
         # gRPC is imported out here: the engine's thread has no time for it.
         from batchpilot.scheduler_hook.tuner_session import TunerSession
 
-        accepted_before = self.stats.leases["accepted"]
         channel = tuner_channel.open_channel(self.settings, target)
         try:
             session = self._session = TunerSession(self, target)
@@ -274,8 +275,6 @@ class TunerClient:
             self._session = None
             self.stats.connected = False
             channel.close()
-            if self.stats.leases["accepted"] > accepted_before:
-                self._silent_sessions = 0
 
     def _lost(self, target: str, why: str) -> None:
         """Counts the failure; logs it once until a stream has worked or it is another."""

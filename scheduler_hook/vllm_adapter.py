@@ -281,7 +281,7 @@ class VllmAdapter:
         # Requests admitted and not yet finished, and those of them that still prefill.
         self._admitted: dict[str, Any] = {}
         self._prefilling: dict[str, Any] = {}
-        #: Lately, where it can be less than the most; None where it cannot.
+        # Lately, where it can be less than the most; None where it cannot.
         self._tokens_per_decode: float | None = None
         if self.facts.tokens_per_decode > 1:
             self._tokens_per_decode = float(self.facts.tokens_per_decode)
@@ -293,6 +293,7 @@ class VllmAdapter:
         self._running_before = 0
         self._preempted_since = self._prompts_done = 0
         self._all_blocks = self._usable_blocks()
+        self._has_connector = getattr(scheduler, "connector", None) is not None
         self._outside = self._looked_outside = self._paused = 0
         self._whole: dict[Any, bool] = {}
         # Bound once, not in each snapshot.
@@ -392,11 +393,7 @@ class VllmAdapter:
         """
         scheduler = self._scheduler
         paused = scheduler.num_waiting_for_streaming_input
-        if (
-            not paused
-            and len(scheduler.requests) <= queued_or_running
-            and getattr(scheduler, "connector", None) is None
-        ):
+        if not paused and len(scheduler.requests) <= queued_or_running and not self._has_connector:
             return 0
         self._looked_outside -= 1
         if self._looked_outside < 0 or paused != self._paused:

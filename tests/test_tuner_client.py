@@ -269,8 +269,9 @@ def test_a_service_that_restarts_again_and_again_is_sought_at_once_each_time(log
             assert engine.steps_until(lambda _, seen=accepted: stats.leases["accepted"] > seen)
             proxy.drop()
             assert engine.steps_until(lambda _, n=restart: stats.failures["UNAVAILABLE"] >= n)
-        assert engine.steps_until(lambda _: stats.sessions == 4)
-    assert backoff.doublings == [0, 0, 0]
+        assert engine.steps_until(lambda _: stats.sessions == 4 and len(log()) == 7)
+    # The first wait after each; a busy machine may need another attempt.
+    assert backoff.doublings.count(0) == 3
     said = [line.partition(" tuning service")[0] for line in log()]
     assert said == ["batchpilot follows the", "batchpilot has no"] * 3 + ["batchpilot follows the"]
 
