@@ -105,7 +105,7 @@ def parse_targets(text: str) -> tuple[str, ...]:
     """
     targets = tuple(part.strip() for part in text.split(",") if part.strip())
     if not targets:
-        raise ConfigError("service_targets is required in mode remote, such as localhost:50051")
+        raise ConfigError("service_targets is required in mode remote, such as localhost:50061")
     for target in targets:
         match = _TARGET.fullmatch(target)
         if match is None or (match["port"] and not 1 <= int(match["port"]) <= 65535):

@@ -70,13 +70,13 @@ class Meters:
 
     def leased(self, group: str) -> None:
         """Counts a lease."""
-        self.leases[self._label(group)] += 1
+        self.leases[self.label(group)] += 1
 
     def decided(self, group: str, clamp: Clamp, seconds: float) -> None:
         """Counts a decision, whether or not the engine has to hear of it."""
         self.latency.add(seconds)
         if clamp is not Clamp.NONE:
-            self.clamps[self._label(group), clamp.value] += 1
+            self.clamps[self.label(group), clamp.value] += 1
 
     def refused(self, method: str, code: str, reason: str) -> bool:
         """Counts a call that ended with an error; returns whether it is worth a line in the log.
@@ -89,9 +89,9 @@ class Meters:
 
     def policy_failed(self, group: str) -> None:
         """Counts a policy taken out of use for one engine."""
-        self.policy_failures[self._label(group)] += 1
+        self.policy_failures[self.label(group)] += 1
 
-    def _label(self, group: str) -> str:
+    def label(self, group: str) -> str:
         """The group, or `other` once there are too many: engines choose these names themselves."""
         if group in self._groups:
             return group

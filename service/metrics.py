@@ -7,6 +7,7 @@ engines call themselves; the series of an engine end with its session.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from prometheus_client.registry import Collector
 from batchpilot import __version__
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.meters import LATENCY_BUCKETS, Histogram, Meters
+from batchpilot.service.recorder import Recorder
 from batchpilot.service.sessions import Session, SessionTable
 from batchpilot.service.wire import BINDINGS
 
@@ -107,13 +109,21 @@ class ServiceCollector(Collector):
         meters: The totals.
         sessions: The engines.
         max_engines: Engines with series of their own.
+        recorder: Of the experience log, if there is one.
     """
 
-    def __init__(self, meters: Meters, sessions: SessionTable, max_engines: int) -> None:
+    def __init__(
+        self,
+        meters: Meters,
+        sessions: SessionTable,
+        max_engines: int,
+        recorder: Recorder | None = None,
+    ) -> None:
         """Reads nothing yet."""
         self._meters = meters
         self._sessions = sessions
         self._max_engines = max_engines
+        self._recorder = recorder
 
     def describe(self) -> Iterator[Any]:
         """No metric is described without its values."""
@@ -123,11 +133,20 @@ class ServiceCollector(Collector):
         """Every metric now."""
         sessions = sorted(self._sessions, key=lambda session: session.started_at)
         yield from _totals(self._meters)
-        yield from _groups(sessions)
+        rows = {} if self._recorder is None else self._recorder.rows
+        yield _counter("experience_rows", "rows of the experience log", ("result",), rows)
+        yield self._groups(sessions)
         shown = sessions[: self._max_engines]
         left_out = len(sessions) - len(shown)
         yield _gauge("engines_without_series", "engines beyond max_engines", left_out)
         yield from _engines(shown, self._sessions.clock())
+
+    def _groups(self, sessions: list[Session]) -> Any:
+        streams = GaugeMetricFamily(f"{PREFIX}sessions", "engines here", labels=("group",))
+        counts = Counter(self._meters.label(session.key.group) for session in sessions)
+        for group, count in counts.items():
+            streams.add_metric((group,), count)
+        return streams
 
 
 def _totals(meters: Meters) -> Iterator[Any]:
@@ -165,16 +184,6 @@ def _totals(meters: Meters) -> Iterator[Any]:
     yield _histogram(
         "decision_seconds", "from a report that was read to its decision", meters.latency
     )
-
-
-def _groups(sessions: list[Session]) -> Iterator[Any]:
-    streams = GaugeMetricFamily(f"{PREFIX}sessions", "engines here", labels=("group",))
-    counts: dict[str, int] = {}
-    for session in sessions:
-        counts[session.key.group] = counts.get(session.key.group, 0) + 1
-    for group, count in counts.items():
-        streams.add_metric((group,), count)
-    yield streams
 
 
 def _engines(sessions: list[Session], now: float) -> Iterator[Any]:

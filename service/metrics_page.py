@@ -11,6 +11,7 @@ from batchpilot.agents.parameters import ConfigError
 from batchpilot.service.addresses import Address
 from batchpilot.service.meters import Meters
 from batchpilot.service.metrics import ServiceCollector
+from batchpilot.service.recorder import Recorder
 from batchpilot.service.sessions import SessionTable
 from batchpilot.service.settings import MetricsSettings
 
@@ -24,13 +25,20 @@ class MetricsPage:
         address: With the port that was chosen, once open; None without a page.
     """
 
-    def __init__(self, settings: MetricsSettings, meters: Meters, sessions: SessionTable) -> None:
+    def __init__(
+        self,
+        settings: MetricsSettings,
+        meters: Meters,
+        sessions: SessionTable,
+        recorder: Recorder | None = None,
+    ) -> None:
         """Opens nothing yet."""
         self.address: Address | None = None
         if settings.bind is not None:
             self.address = Address.parse(settings.bind, where="metrics.bind")
         self._registry = CollectorRegistry()
-        self._registry.register(ServiceCollector(meters, sessions, settings.max_engines))
+        collector = ServiceCollector(meters, sessions, settings.max_engines, recorder)
+        self._registry.register(collector)
         self._server: Any = None
 
     def open(self) -> None:

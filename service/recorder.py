@@ -30,6 +30,11 @@ class Recorder:
         self.log = log
         self._share = share
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows `written` to files, and `dropped` because the queue or the disk was full."""
+        return {"written": self.log.written_rows, "dropped": self.log.dropped}
+
     def record(self, session: Session, report: pb.Report, decided: ShieldedDecision) -> None:
         """Appends a row, if the engine is one of those recorded."""
         hello, key = session.hello, session.key

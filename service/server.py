@@ -97,9 +97,9 @@ class Service:
             None if settings.tls.certificate is None else CertificateFiles(settings.tls)
         )
         self._health = HealthServicer(self.meters)
-        self._page = MetricsPage(settings.metrics, self.meters, self.sessions)
-        self._canaries = Canaries(self._promotions, self.sessions, settings.canary, self.meters)
         self._recorder = _recorder(settings.storage)
+        self._page = MetricsPage(settings.metrics, self.meters, self.sessions, self._recorder)
+        self._canaries = Canaries(self._promotions, self.sessions, settings.canary, self.meters)
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.reloader = Reloader(self._watched_files(), self.meters)

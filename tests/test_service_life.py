@@ -29,10 +29,11 @@ from batchpilot.agents.parameters import ConfigError
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.protos.batchpilot.v1 import tuner_pb2_grpc
 from batchpilot.service import server
+from batchpilot.service.access import Caller, Role
 from batchpilot.service.canaries import Canaries
 from batchpilot.service.health import MOST_WATCHERS
-from batchpilot.service.meters import Meters
-from batchpilot.service.metrics import ENGINE_GAUGES, PREFIX
+from batchpilot.service.meters import MOST_GROUPS, Meters
+from batchpilot.service.metrics import ENGINE_GAUGES, PREFIX, ServiceCollector
 from batchpilot.service.reload import Reloader, WatchedFile
 from batchpilot.service.sessions import SessionTable
 from batchpilot.service.wire import engine_key
@@ -404,13 +405,35 @@ def test_the_metrics_page_tells_what_every_engine_and_the_service_do():
 
 
 def test_groups_that_engines_make_up_do_not_fill_the_page():
-    from batchpilot.service.meters import MOST_GROUPS, Meters
-
     meters = Meters()
     for number in range(MOST_GROUPS + 50):
         meters.leased(f"group-{number}")
     assert len(meters.leases) == MOST_GROUPS + 1
     assert meters.leases["other"] == 50
+    sessions = SessionTable(MOST_GROUPS + 50, 1.0, 1)
+    for number in range(MOST_GROUPS + 50):
+        sessions.open(hello(group=f"group-{number}"), Caller("anyone", Role.ENGINE), None)
+    collector = ServiceCollector(meters, sessions, max_engines=0)
+    (streams,) = (found for found in collector.collect() if found.name == f"{PREFIX}sessions")
+    counts = {sample.labels["group"]: sample.value for sample in streams.samples}
+    assert (len(counts), counts["other"]) == (MOST_GROUPS + 1, 50)
+
+
+def test_the_metrics_page_counts_the_rows_of_the_experience_log(tmp_path):
+    async def test():
+        storage = {"experience": str(tmp_path / "experience")}
+        async with (
+            serving(metrics=METRICS, storage=storage) as service,
+            channel_to(service) as channel,
+        ):
+            engine = Engine(channel)
+            await engine.begin()
+            await engine.ask(1)
+            written = ("result", "written")
+            while not (await asyncio.to_thread(scrape, service))["experience_rows_total"][written,]:
+                await asyncio.sleep(0.05)
+
+    run(test)
 
 
 @pytest.fixture

@@ -620,7 +620,7 @@ def test_a_hook_built_by_vllm_in_mode_remote_serves_every_request_and_closes(mon
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "service_targets is required in mode remote, such as localhost:50051"),
+        ({}, "service_targets is required in mode remote, such as localhost:50061"),
         ({"service_targets": "host"}, "'host' is not HOST:PORT, dns:///HOST:PORT or unix:/PATH"),
         ({"service_targets": "host:0"}, "'host:0' is not HOST:PORT"),
         ({"service_targets": "a:1,http://b:2"}, "'http://b:2' is not HOST:PORT"),
