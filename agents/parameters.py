@@ -137,6 +137,23 @@ _KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or f
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
+def range_text(rules: Mapping[str, Any]) -> str:
+    """What a field that `parameter` declared allows, in words; empty where all values fit.
+
+    Args:
+        rules: The field's metadata.
+    """
+    if rules["choices"]:
+        return ", ".join(rules["choices"])
+    bounds = {
+        "at least": rules["minimum"],
+        "above": rules["above"],
+        "at most": rules["maximum"],
+        "below": rules["below"],
+    }
+    return ", ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
+
+
 def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
     """Raises where a value is outside what its field declares."""
     if value is None:

@@ -1,6 +1,6 @@
-"""Trained policies: list, look at, verify, promote through the gate, and roll back.
+"""Policies: what each takes; trained ones listed, verified, promoted and rolled back.
 
-They live in a registry, a folder of versions that never change ($BATCHPILOT_POLICIES, or
+Trained ones live in a registry, a folder of versions that never change ($BATCHPILOT_POLICIES, or
 ~/.local/share/batchpilot/policies). `promote` runs the new version beside the one in force and the
 analytic policies, on engines, traffic and seeds that nothing was trained on; it takes over only if
 the table says that it is better. Exit status: 0 done, 1 refused by the gate or found damaged by
@@ -23,6 +23,7 @@ from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.registry import DEFAULT_GROUP, PolicyRegistry
 from batchpilot.env.bench.results import check_writable, write_whole
 from batchpilot.env.gate.evaluate import GateRun, gate_tasks, run_gate
+from batchpilot.env.gate.explain import explain, explain_all
 from batchpilot.env.gate.settings import GateSettings, load_gate_settings
 from batchpilot.env.gate.table import (
     print_list,
@@ -37,6 +38,8 @@ PLAIN_WIDTH = 100
 
 EXAMPLES = """\
 examples:
+  batchpilot policies explain                      # every policy, with its parameters
+  batchpilot policies explain memory-peak          # its formula, regimes and limitations
   batchpilot policies add runs/ppo-1/policy        # under the name and version of its manifest
   batchpilot policies list
   batchpilot policies show chat@2
@@ -72,6 +75,14 @@ def list_policies(registry: PolicyRegistry, args: argparse.Namespace, console: C
     """A row for each version."""
     del args
     print_list(registry, console)
+    return 0
+
+
+def explain_policies(registry: PolicyRegistry, args: argparse.Namespace, console: Console) -> int:
+    """What a policy decides by, and its parameters."""
+    del registry
+    text = explain_all() if args.policy is None else explain(args.policy)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -145,6 +156,7 @@ def roll_back_policy(registry: PolicyRegistry, args: argparse.Namespace, console
 
 Action = Callable[[PolicyRegistry, argparse.Namespace, Console], int]
 ACTIONS: dict[str, tuple[str, Action]] = {
+    "explain": ("what a policy decides by, and the parameters it takes", explain_policies),
     "list": ("every version, and where it is in force", list_policies),
     "add": ("verify a policy's folder and copy it into the registry", add_policy),
     "show": ("everything about one version, with the history of its groups", show_policy),
@@ -257,7 +269,12 @@ def _group_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("policy", nargs="?", metavar="NAME", help="at length; all in brief if not")
+
+
 _ARGUMENTS = {
+    "explain": _explain_arguments,
     "add": _add_path,
     "show": _policy_arguments,
     "verify": _verify_arguments,

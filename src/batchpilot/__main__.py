@@ -40,7 +40,7 @@ COMMANDS = {
     "policies": Command(
         "batchpilot.env.gate.cli",
         "env",
-        "list, verify, promote and roll back trained policies",
+        "explain every policy; list, verify, promote and roll back trained ones",
     ),
     "calibrate": Command(
         "batchpilot.env.calibrate.cli",
