@@ -13,6 +13,10 @@ from batchpilot.env.traces import TraceLine, TraceRow, bundled_traces, read_trac
 
 Lines = tuple[TraceLine[TraceRow], ...]
 
+#: A whole trace may begin so many seconds late, or by so large a share of its length; what begins
+#: later counts from something else, such as 1970.
+LATE_SECONDS, LATE_SHARE = 60.0, 0.1
+
 
 @dataclass(frozen=True)
 class ReplayParameters(Parameters):
@@ -63,7 +67,8 @@ def replayed_lines(
         num_requests: At most so many, from the start of the stretch.
 
     Raises:
-        ConfigError: The file cannot be used, or the stretch holds no request.
+        ConfigError: The file cannot be used, the stretch holds no request, or the whole trace is
+            asked for and its times do not count from its start.
     """
     lines = _lines(params, num_requests)
     end_s = np.inf if params.end_s is None else params.end_s
@@ -73,8 +78,19 @@ def replayed_lines(
             f"trace {params.path!r}: no request from start_s={params.start_s:g} to "
             f"end_s={end_s:g}; its last is at {lines[-1].row.arrival_s:g}"
         )
+    if params.start_s == 0:
+        _check_beginning(inside, params)
     moved = _moved(inside, params, rng, _jitter_seconds(params))
     return tuple(moved[:num_requests])
+
+
+def _check_beginning(lines: list[TraceLine[TraceRow]], params: ReplayParameters) -> None:
+    first, last = lines[0].row.arrival_s, lines[-1].row.arrival_s
+    if first > max(LATE_SECONDS, LATE_SHARE * (last - first)):
+        raise ConfigError(
+            f"trace {params.path!r}: nothing comes before arrival_s={first:.17g}, and these are "
+            f"seconds since the trace began; begin there: trace:{params.path}:start_s={first:.17g}"
+        )
 
 
 def _lines(params: ReplayParameters, num_requests: int | None) -> Lines:

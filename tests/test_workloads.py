@@ -474,6 +474,21 @@ def test_a_stretch_of_a_trace(trace):
     assert [request.line for request in workload.requests] == [3, 4]
 
 
+def test_times_since_1970_are_refused_with_where_to_begin(trace):
+    path = trace(HEADER, "1700000099.25,10,5", "1700000100.25,20,6")
+    with pytest.raises(ConfigError, match="seconds since the trace began") as refused:
+        build_workload(str(path))
+    _, _, remedy = str(refused.value).rpartition(" ")
+    assert remedy == f"trace:{path}:start_s=1700000099.25"
+    assert [r.arrival_seconds for r in build_workload(remedy).requests] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("lines", [("59,10,5",), ("400,10,5", "5000,10,5")])
+def test_a_trace_may_begin_a_little_late(trace, lines):
+    first = float(lines[0].split(",")[0])
+    assert build_workload(str(trace(HEADER, *lines))).requests[0].arrival_seconds == first
+
+
 def test_a_clock_of_three_seconds_is_spread_by_default():
     jittered = build_workload("mooncake-conversation:end_s=600", seed=1).requests
     plain = build_workload("mooncake-conversation:end_s=600:jitter_s=0").requests
