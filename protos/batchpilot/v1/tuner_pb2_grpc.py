@@ -74,8 +74,8 @@ class TunerServiceServicer(object):
         the first response is a welcome. The service decides on every report and answers with leases, in
         order, unless the engine's policy has failed. It answers every report but those for which all of
         this holds: the limits are those of the newest lease of this stream, its policy and its lease_ms
-        too, and the report says that the lease in force runs for lease_ms / 2 or longer
-        (Report.lease_remaining_ms). An engine that sets no lease_remaining_ms gets an answer to every
+        too, and the report says that the lease in force runs for lease_ms / 2 and one report interval
+        or longer (Report.lease_remaining_ms). An engine that sets no lease_remaining_ms gets an answer to every
         report; one that misses an answer sends the next report all the same.
 
         Status: INVALID_ARGUMENT (no hello first, or a report that cannot be real), ABORTED (a new session
