@@ -3,13 +3,14 @@
 Shows every engine that has a session with a tuning service, from its WatchEngine stream: sequences
 running and waiting, KV cache, inter-token latency against its target, the limits in force and which
 one binds, who decided them, and how much longer the lease runs. It reconnects by itself. Keys: q
-quits, s changes the order.
+quits, s changes the order. Into a file or a pipe it prints the rows once an interval.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import select
 import sys
 import termios
@@ -38,6 +39,10 @@ from batchpilot.service.top_view import ORDERS, Board, view
 REFRESHES_PER_SECOND = 4
 LONGEST_RETRY_SECONDS = 5.0
 LONGEST_INTERVAL_SECONDS = 3600.0
+ESCAPE = "\x1b"
+QUITS = ("q", "\x03", ESCAPE)
+#: What follows an escape so soon was sent with it, by an arrow or a function key.
+SEQUENCE_SECONDS = 0.05
 EXAMPLES = """\
 examples:
   batchpilot top
@@ -50,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_connection_arguments(parser)
     parser.add_argument("--group", default="", help="only this group's engines")
     parser.add_argument("--engine", default="", help="only this engine of the group")
-    parser.add_argument("--interval", type=float, default=0.5, help="seconds between messages")
+    parser.add_argument("--interval", type=float, default=0.5, help="seconds between updates")
     parser.add_argument("--once", action="store_true", help="print the engines once and end")
     parser.add_argument("--json", action="store_true", help="JSON, a line for each message")
     parser.epilog = EXAMPLES
@@ -72,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
         return _once(watcher, args)
     watcher.start()
     try:
-        return _stream_json(watcher) if args.json else _live(watcher, args)
+        if args.json:
+            return _stream_json(watcher)
+        return _live(watcher, args) if sys.stdout.isatty() else _stream_rows(watcher, args)
     finally:
         watcher.close()
 
@@ -166,10 +173,7 @@ def _once(watcher: Watcher, args: argparse.Namespace) -> int:
     if args.json:
         _print_json(watcher.board)
     else:
-        # A pipe has no width of its own; cutting names off there would help nobody.
-        console = Console() if sys.stdout.isatty() else Console(width=200)
-        board = watcher.board
-        console.print(view(board.rows(), target=args.target, state=board.state))
+        _print_rows(watcher.board, args)
     return 0
 
 
@@ -178,6 +182,19 @@ def _stream_json(watcher: Watcher) -> int:
         watcher.changed.wait()
         watcher.changed.clear()
         _print_json(watcher.board)
+
+
+def _stream_rows(watcher: Watcher, args: argparse.Namespace) -> int:
+    watcher.changed.wait()
+    while True:
+        _print_rows(watcher.board, args)
+        time.sleep(args.interval)
+
+
+def _print_rows(board: Board, args: argparse.Namespace) -> None:
+    # A pipe has no width of its own; cutting names off there would help nobody.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(view(board.rows(), target=args.target, state=board.state))
 
 
 def _print_json(board: Board) -> None:
@@ -196,7 +213,7 @@ def _live(watcher: Watcher, args: argparse.Namespace) -> int:
             shown = view(board.rows(), target=args.target, state=board.state, order=orders[order])
             live.update(shown, refresh=True)
             key = read_key(1 / REFRESHES_PER_SECOND)
-            if key in ("q", "\x03", "\x1b"):
+            if key in QUITS:
                 return 0
             if key == "s":
                 order = (order + 1) % len(orders)
@@ -204,16 +221,20 @@ def _live(watcher: Watcher, args: argparse.Namespace) -> int:
 
 @contextmanager
 def _keys() -> Iterator[Any]:
-    """Reads single keys from the terminal; from nothing where there is none."""
+    """Reads keys from the terminal, one at a time; from nothing where there is none."""
     if not sys.stdin.isatty():
         yield _no_key
         return
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
 
-    def read_key(seconds: float) -> str:
+    def read(count: int, seconds: float) -> str:
         ready, _, _ = select.select([descriptor], [], [], seconds)
-        return sys.stdin.read(1) if ready else ""
+        return os.read(descriptor, count).decode(errors="replace") if ready else ""
+
+    def read_key(seconds: float) -> str:
+        key = read(1, seconds)
+        return key + read(16, SEQUENCE_SECONDS) if key == ESCAPE else key
 
     try:
         tty.setcbreak(descriptor)

@@ -2,6 +2,12 @@
 
 import argparse
 import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -163,6 +169,50 @@ def test_json_is_for_programs(service, engine, capsys):
     )
     assert main(["top", "--target", service.target, "--once", "--json", "--group", "other"]) == 0
     assert json.loads(capsys.readouterr().out)["engines"] == []
+
+
+def test_into_a_pipe_it_prints_the_rows_once_an_interval(service, engine):
+    command = [sys.executable, "-m", "batchpilot", "top", "--target", service.target]
+    process = subprocess.Popen(
+        [*command, "--interval", "0.1"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        engines = (line for line in process.stdout if line.startswith("group-3/engine-3/0"))
+        assert [next(engines).split()[1] for _ in range(3)] == ["117"] * 3
+        assert process.poll() is None
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Types into what `top` takes for its keyboard."""
+    hand, keyboard = pty.openpty()
+    with os.fdopen(keyboard, "r", closefd=True) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield lambda keys: os.write(hand, keys)
+    os.close(hand)
+
+
+@pytest.mark.parametrize("quits", [b"q", b"\x1b"])
+def test_only_keys_that_mean_it_quit(terminal, quits):
+    parser = argparse.ArgumentParser()
+    top.add_arguments(parser)
+    args = parser.parse_args([])
+    ended = threading.Thread(target=top._live, args=(top.Watcher(args), args), daemon=True)
+    ended.start()
+    for keys in (b"\x1b[A", b"\x1bOB", b"\x1b[15~", b"sx\xc3\xa4"):
+        terminal(keys)
+        time.sleep(0.2)
+        assert ended.is_alive()
+    terminal(quits)
+    ended.join(timeout=10)
+    assert not ended.is_alive()
 
 
 def test_no_service_is_said_in_a_line(capsys):
