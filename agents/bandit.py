@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -121,8 +121,10 @@ class BanditPolicy:
 
         r = (tokens in time - late_weight * late tokens) / (seconds * best rate so far) - overdue
 
-    A token is late where its step took longer than the ITL target. overdue = 1 - target / wait
-    where the queue, at the pace it was served, waits longer than the TTFT target; 0 otherwise.
+    Seconds, and those of the rates, are the steps': an arm is not to blame for a time without
+    requests. A token is late where its step took longer than the ITL target. overdue = 1 - target
+    / wait where the queue, at the pace it was served, waits longer than the TTFT target; 0
+    otherwise, and where the engine stood idle for an interval: its queue has only just come.
 
     Regimes: where no limit binds and no token is late the arm does not matter: the base decides,
     and nothing is learned. Under load some tens of intervals show which way is better, some
@@ -183,9 +185,10 @@ class BanditPolicy:
     def _next(self, snapshot: EngineSnapshot, seconds: float) -> None:
         waiting_before = self._waiting_before
         window = self._close(snapshot, seconds)
-        if self._chosen is not None:
-            reward = self._reward(window, waiting_before)
-            self._sampler.learn(self._chosen, reward)
+        if self._chosen is not None and window.busy_seconds:
+            idle = seconds - window.busy_seconds >= self._params.interval_seconds
+            judged = replace(window, waiting=0) if idle else window
+            self._sampler.learn(self._chosen, self._reward(judged, waiting_before))
         if not teaches(window):
             self._chosen = None
             self._acting.act(DESIGN.neutral, HOLDS)
@@ -203,12 +206,12 @@ class BanditPolicy:
 
     def _reward(self, window: TelemetryWindow, waiting_before: int) -> float:
         late = window.slow_decode_tokens
-        rate = window.decode_tokens / window.seconds
+        rate = window.decode_tokens / window.busy_seconds
         self._best_rate = max(self._best_rate * BEST_KEPT, rate)
         if not self._best_rate:
             return 0.0
         worth = window.decode_tokens - (1.0 + self._params.late_weight) * late
-        in_time = worth / (window.seconds * self._best_rate)
+        in_time = worth / (window.busy_seconds * self._best_rate)
         return in_time - overdue(window, waiting_before, self._params.ttft_slo_seconds)
 
 
@@ -225,8 +228,8 @@ def overdue(window: TelemetryWindow, waiting_before: int, ttft_seconds: float | 
     if ttft_seconds is None or not window.waiting:
         return 0.0
     admitted = max(window.arrived + waiting_before - window.waiting, 1)
-    wait = window.waiting * window.seconds / admitted
-    return max(0.0, 1.0 - ttft_seconds / wait)
+    wait = window.waiting * window.busy_seconds / admitted
+    return 1.0 - ttft_seconds / wait if wait > ttft_seconds else 0.0
 
 
 def teaches(window: TelemetryWindow) -> bool:

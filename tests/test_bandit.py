@@ -74,9 +74,11 @@ def test_features_of_an_arm():
     ],
 )
 def test_how_late_the_queue_is(waiting, before, arrived, expected):
-    window = replace(EMPTY, waiting=waiting, arrived=arrived)
+    window = replace(EMPTY, busy_seconds=2.0, waiting=waiting, arrived=arrived)
     assert overdue(window, before, 2.0) == pytest.approx(expected)
     assert overdue(window, before, None) == 0.0
+    assert overdue(replace(window, seconds=60.0), before, 2.0) == pytest.approx(expected)
+    assert overdue(EMPTY, before, 2.0) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,28 @@ def test_within_minutes_it_keeps_a_target_that_its_base_breaks():
 def test_the_same_seed_gives_the_same_choices():
     assert Gpu(bandit(seed=5)).run(60.0) == Gpu(bandit(seed=5)).run(60.0)
     assert Gpu(bandit(seed=5)).run(60.0) != Gpu(bandit(seed=6)).run(60.0)
+
+
+@pytest.mark.parametrize("burst", [0, 40])
+def test_an_arm_is_not_to_blame_for_a_time_without_requests(
+    burst: int, monkeypatch: pytest.MonkeyPatch
+):
+    policy, rewards = bandit(ttft_slo_ms=1000.0), []
+    monkeypatch.setattr(policy._sampler, "learn", lambda features, reward: rewards.append(reward))
+    busy = StepRecord(
+        seconds=0.03125, running=8, decode_seqs=8, prefill_tokens=9, binding=Binding.MAX_NUM_SEQS
+    )
+    clock = 0.0
+    while clock < 9.0:
+        policy.decide(EngineSnapshot(FACTS, clock, running=8, waiting=0))
+        policy.observe(busy)
+        clock += busy.seconds
+    assert rewards == [1.0] * 3
+    policy.decide(EngineSnapshot(FACTS, clock + 60.0, running=0, waiting=burst))
+    assert rewards == [1.0] * 4
+    # Nothing ran: there is nothing to learn.
+    policy.decide(EngineSnapshot(FACTS, clock + 120.0, running=0, waiting=burst))
+    assert rewards == [1.0] * 4
 
 
 def test_where_no_limit_binds_it_is_its_base():
