@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,10 @@ from batchpilot.agents.parameters import ConfigError
 
 Floats32 = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
+
+#: Rows that are Python objects at a time: as such each takes several kilobytes.
+_BATCH_ROWS = 4096
+_READ = ["session", *(name for name, kind in COLUMNS.items() if kind in ("integer", "number"))]
 
 
 @dataclass(frozen=True)
@@ -70,63 +74,115 @@ def read_experience(folder: Path) -> Experience:
         ConfigError: There is no log, or one that this batchpilot does not know.
     """
     rows = _read_rows(folder)
-    seen = [observation(window_of(row), facts_of(row), targets_of(row)) for row in rows]
-    pairs = [
-        (at, at + 1)
-        for at in range(len(rows) - 1)
-        if rows[at]["session"] == rows[at + 1]["session"]
-        and rows[at]["sequence"] + 1 == rows[at + 1]["sequence"]
-    ]
-    before, after = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    continued = set(after)
-    windows = [window_of(rows[at]) for at in after]
-    stacked = np.array(seen, dtype=np.float32).reshape(len(rows), len(FEATURE_NAMES))
+    order = np.lexsort((rows.sequences, rows.sessions))
+    sessions, sequences = rows.sessions[order], rows.sequences[order]
+    follows = (sessions[1:] == sessions[:-1]) & (sequences[1:] == sequences[:-1] + 1)
+    at = np.flatnonzero(follows)
+    before, after = order[at], order[at + 1]
     return Experience(
-        observations=stacked[before],
-        next_observations=stacked[after],
-        limits=_pairs(rows, before, "limit"),
-        base_limits=_pairs(rows, before, "local"),
-        startup_limits=_pairs(rows, before, "startup"),
-        seconds=_floats([window.seconds for window in windows]),
-        good_tokens_per_s=_floats(
-            [(w.decode_tokens - w.slow_decode_tokens) / max(w.seconds, 1e-9) for w in windows]
-        ),
-        recomputed_share=_floats([window.recomputed_share for window in windows]),
-        starts=np.array([at not in continued for at in before], dtype=np.bool_),
+        observations=rows.observations[before],
+        next_observations=rows.observations[after],
+        limits=rows.limits[before],
+        base_limits=rows.base_limits[before],
+        startup_limits=rows.startup_limits[before],
+        seconds=rows.seconds[after],
+        good_tokens_per_s=rows.good_tokens_per_s[after],
+        recomputed_share=rows.recomputed_share[after],
+        starts=~np.isin(before, after),
     )
 
 
-def _read_rows(folder: Path) -> list[Mapping[str, Any]]:
-    """Every row, session by session in order."""
+class _Rows(NamedTuple):
+    """Rows of a log, one entry a row; its names are those of `Experience`, of each row itself.
+
+    Sessions are numbered in the order of their names.
+    """
+
+    sessions: Integers
+    sequences: Integers
+    observations: Floats32
+    limits: Integers
+    base_limits: Integers
+    startup_limits: Integers
+    seconds: Floats32
+    good_tokens_per_s: Floats32
+    recomputed_share: Floats32
+
+
+def _read_rows(folder: Path) -> _Rows:
+    """Every row, in the order of the files."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     paths = sorted(folder.glob("experience-*.parquet"))
     if not paths:
         raise ConfigError(f"no experience log in {folder}: it has no experience-*.parquet")
+    numbers: dict[str, int] = {}
     try:
-        tables = [_checked(pq.read_table(path), path) for path in paths]
+        parts = [_rows(batch, numbers) for batch in _batches(paths)]
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"cannot read the experience log {folder}: {error}") from None
-    order = [("session", "ascending"), ("sequence", "ascending")]
-    rows: list[Mapping[str, Any]] = pa.concat_tables(tables).sort_by(order).to_pylist()
-    return rows
+    rows = _Rows(*map(np.concatenate, zip(*parts, strict=True)))
+    ranks = np.empty(len(numbers), dtype=np.int64)
+    ranks[[numbers[name] for name in sorted(numbers)]] = np.arange(len(numbers))
+    return rows._replace(sessions=ranks[rows.sessions])
 
 
-def _checked(table: Any, path: Path) -> Any:
-    version = (table.schema.metadata or {}).get(b"batchpilot_experience_schema", b"none").decode()
-    if version != str(EXPERIENCE_SCHEMA) or tuple(table.column_names) != tuple(COLUMNS):
+def _batches(paths: list[Path]) -> Iterator[list[Mapping[str, Any]]]:
+    """All files' rows, some at a time; first none."""
+    import pyarrow.parquet as pq
+
+    for path in paths:
+        _check(pq.read_schema(path), path)
+    yield []
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH_ROWS, columns=_READ):
+                yield batch.to_pylist()
+
+
+def _check(schema: Any, path: Path) -> None:
+    version = (schema.metadata or {}).get(b"batchpilot_experience_schema", b"none").decode()
+    if version != str(EXPERIENCE_SCHEMA) or tuple(schema.names) != tuple(COLUMNS):
         raise ConfigError(
             f"{path} has schema {version}; this batchpilot reads {EXPERIENCE_SCHEMA} only"
         )
-    return table
 
 
-def _pairs(rows: list[Mapping[str, Any]], at: list[int], prefix: str) -> Integers:
+def _rows(rows: list[Mapping[str, Any]], numbers: dict[str, int]) -> _Rows:
+    """Rows as arrays.
+
+    Args:
+        rows: As they were read.
+        numbers: Those of the sessions; new ones are added.
+    """
+    windows = [window_of(row) for row in rows]
+    seen = [
+        observation(window, facts_of(row), targets_of(row))
+        for window, row in zip(windows, rows, strict=True)
+    ]
+    return _Rows(
+        sessions=_integers(numbers.setdefault(row["session"], len(numbers)) for row in rows),
+        sequences=_integers(row["sequence"] for row in rows),
+        observations=np.array(seen, dtype=np.float32).reshape(len(rows), len(FEATURE_NAMES)),
+        limits=_pairs(rows, "limit"),
+        base_limits=_pairs(rows, "local"),
+        startup_limits=_pairs(rows, "startup"),
+        seconds=_floats(window.seconds for window in windows),
+        good_tokens_per_s=_floats(
+            (w.decode_tokens - w.slow_decode_tokens) / max(w.seconds, 1e-9) for w in windows
+        ),
+        recomputed_share=_floats(window.recomputed_share for window in windows),
+    )
+
+
+def _pairs(rows: list[Mapping[str, Any]], prefix: str) -> Integers:
     names = (f"{prefix}_max_num_seqs", f"{prefix}_max_num_batched_tokens")
-    values = [[rows[index][name] or 0 for name in names] for index in at]
-    return np.array(values, dtype=np.int64).reshape(len(at), 2)
+    return _integers(row[name] or 0 for row in rows for name in names).reshape(len(rows), 2)
 
 
-def _floats(values: list[float]) -> Floats32:
-    return np.array(values, dtype=np.float32)
+def _integers(values: Iterable[int]) -> Integers:
+    return np.fromiter(values, dtype=np.int64)
+
+
+def _floats(values: Iterable[float]) -> Floats32:
+    return np.fromiter(values, dtype=np.float32)

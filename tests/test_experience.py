@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+import tracemalloc
+from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import duckdb
@@ -22,7 +24,8 @@ from batchpilot.agents.features import LatencyTargets, observation
 from batchpilot.agents.limits import BatchLimits, EngineFacts, EngineSnapshot
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.agents.telemetry import WindowBuilder
-from batchpilot.env.experience import read_experience
+from batchpilot.env import experience as reading
+from batchpilot.env.experience import Experience, read_experience
 from batchpilot.service import experience
 from batchpilot.service.experience import ExperienceLog, ExperienceSettings
 
@@ -258,6 +261,109 @@ def test_transitions_of_a_session_follow_each_other(tmp_path):
     found = read_experience(tmp_path)
     assert found.starts.tolist() == [True, False]
     assert np.array_equal(found.observations[1], found.next_observations[0])
+
+
+def made_up(count: int, seed: int) -> list[ExperienceRow]:
+    """Rows of five sessions in no order, some missing, all different."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in rng.permutation(count):
+        tokens, slow, prompts = (int(number) for number in rng.integers(0, 5000, 3))
+        window = replace(
+            WINDOW,
+            seconds=float(rng.uniform(0.0, 3.0)),
+            decode_tokens=tokens + slow,
+            slow_decode_tokens=slow,
+            prefill_tokens=prompts,
+            recomputed_tokens=int(rng.integers(0, 900)),
+            kv_bound_steps=int(rng.integers(0, 10)),
+        )
+        local = BatchLimits(*map(int, rng.integers(1, 99, 2))) if rng.random() < 0.5 else None
+        more = {
+            "window": window,
+            "local_limits": local,
+            "limits": BatchLimits(*map(int, rng.integers(1, 999, 2))),
+            "targets": LatencyTargets(float(rng.uniform(10, 90)), None),
+            "facts": replace(FACTS, total_blocks=int(rng.integers(50, 500))),
+        }
+        if rng.random() < 0.9:
+            rows.append(row(int(index) // 5 + 1, f"s{'éab1ü'[index % 5]}", **more))
+    return rows
+
+
+def pair(limits: BatchLimits | None) -> tuple[int, int]:
+    return (limits.max_num_seqs, limits.max_num_batched_tokens) if limits is not None else (0, 0)
+
+
+def transitions(rows: list[ExperienceRow]) -> Experience:
+    """What `read_experience` is to give, from the rows themselves, one by one."""
+    ordered = sorted(rows, key=lambda row: (row.session, row.sequence))
+    pairs = [
+        (before, after)
+        for before, after in pairwise(ordered)
+        if (before.session, before.sequence + 1) == (after.session, after.sequence)
+    ]
+    ends = {id(after) for _, after in pairs}
+    windows = [after.window for _, after in pairs]
+
+    def seen(at: int) -> np.ndarray:
+        return np.array([observation(p[at].window, p[at].facts, p[at].targets) for p in pairs])
+
+    return Experience(
+        observations=seen(0),
+        next_observations=seen(1),
+        limits=np.array([pair(before.limits) for before, _ in pairs]),
+        base_limits=np.array([pair(before.local_limits) for before, _ in pairs]),
+        startup_limits=np.array([pair(before.facts.startup_limits) for before, _ in pairs]),
+        seconds=np.array([w.seconds for w in windows], np.float32),
+        good_tokens_per_s=np.array(
+            [(w.decode_tokens - w.slow_decode_tokens) / max(w.seconds, 1e-9) for w in windows],
+            np.float32,
+        ),
+        recomputed_share=np.array([w.recomputed_share for w in windows], np.float32),
+        starts=np.array([id(before) not in ends for before, _ in pairs]),
+    )
+
+
+def test_what_is_read_is_what_was_written_however_it_is_split(tmp_path, monkeypatch):
+    rows, log = made_up(400, seed=1), open_log(tmp_path, flush_seconds=0.01, segment_rows=50)
+    for appended, each in enumerate(rows, 1):
+        assert log.append(each)
+        if appended % 50 == 0:
+            wait_for(lambda wanted=appended: log.written_rows == wanted)
+    log.close()
+    assert len(files(tmp_path)) > 3
+    expected = transitions(rows)
+    assert 200 < len(expected) < len(rows)
+    for batch_rows in (7, 4096):
+        monkeypatch.setattr(reading, "_BATCH_ROWS", batch_rows)
+        found = read_experience(tmp_path)
+        for item in fields(Experience):
+            ours, theirs = getattr(found, item.name), getattr(expected, item.name)
+            assert ours.dtype == theirs.dtype
+            assert np.array_equal(ours, theirs), item.name
+
+
+def test_a_log_of_no_rows(tmp_path):
+    pq.write_table(experience.SCHEMA.empty_table(), tmp_path / "experience-1.parquet")
+    found = read_experience(tmp_path)
+    assert (len(found), found.observations.shape, found.limits.shape) == (0, (0, 26), (0, 2))
+
+
+def test_a_log_is_read_in_less_memory_than_its_rows_take_as_objects(tmp_path):
+    log = open_log(tmp_path)
+    for sequence in range(1, 20_001):
+        log.append(row(sequence))
+    log.close()
+    read_experience(tmp_path)  # what is imported, and kept, the first time
+    tracemalloc.start()
+    try:
+        found = read_experience(tmp_path)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 19_999
+    assert most < 2000 * len(found)
 
 
 def test_what_is_no_experience_log(tmp_path):
