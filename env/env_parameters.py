@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast, get_args
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast, get_args
 
 from batchpilot.agents.actions import ActionDesign, Design
 from batchpilot.agents.catalog import PolicySpec
 from batchpilot.agents.features import LatencyTargets
 from batchpilot.agents.parameters import ConfigError, parameter
 from batchpilot.agents.policy import LimitPolicy
+from batchpilot.env.request_stream import own_times
 from batchpilot.env.workloads import WorkloadSpec, read_spec
 
 
@@ -18,11 +19,14 @@ class EnvParameters(LatencyTargets):
     """What every environment of this kind takes; also keywords of `gymnasium.make`.
 
     Attributes:
+        synthetic_arrivals: What None as `arrivals` means where neither a trace nor a YAML file has
+            any.
         num_requests: Most requests of an episode; None: as many as the horizon needs (see
             `RequestStream`).
         rate_spread: Each episode multiplies `rate_scale` by a factor drawn from 1 / rate_spread to
             rate_spread, evenly on a log scale; 1 draws nothing.
-        random_start: Each episode replays another stretch of a trace.
+        random_start: Each episode replays another stretch of a trace, which must come at its own
+            times.
         action_design: `residual` shifts the base policy's limits, so that an action of 0 is the
             base policy; `grid` chooses from a few such shifts; `absolute` names the limits.
         base_policy: What `residual` and `grid` are relative to. It decides before each engine
@@ -35,6 +39,8 @@ class EnvParameters(LatencyTargets):
     Raises:
         ConfigError: A value of the wrong type or out of range, or two that do not go together.
     """
+
+    synthetic_arrivals: ClassVar[str | None] = None
 
     workload: str = parameter("chat", help="see WorkloadSpec")
     arrivals: str | None = parameter(None, help="see WorkloadSpec")
@@ -101,10 +107,23 @@ class EnvParameters(LatencyTargets):
 
     @property
     def workload_spec(self) -> WorkloadSpec:
-        """The workload that the parameters describe."""
-        return read_spec(
+        """The workload that the parameters describe.
+
+        Raises:
+            ConfigError: A workload file that cannot be used, or a random start with nothing to
+                start in.
+        """
+        spec = read_spec(
             WorkloadSpec(self.workload, self.arrivals, self.num_requests, self.rate_scale)
         )
+        if spec.arrivals is None and spec.replay is None:
+            spec = replace(spec, arrivals=self.synthetic_arrivals)
+        if self.random_start and own_times(spec) is None:
+            raise ConfigError(
+                f"random_start=True needs a trace at its own times, not workload="
+                f"{spec.workload!r} with arrivals={spec.arrivals!r}"
+            )
+        return spec
 
 
 @dataclass(frozen=True)
@@ -115,11 +134,12 @@ class VirtualEnvParameters(EnvParameters):
     matter: too few sequences leave requests waiting, too many are preempted.
     """
 
+    synthetic_arrivals = "gamma:4.5:3"
+
     workload: str = parameter(
         "lognormal:prompt_mean=200:output_mean=400:output_sigma=0.9:output_max=2048",
         help="see WorkloadSpec",
     )
-    arrivals: str | None = parameter("gamma:4.5:3", help="see WorkloadSpec")
     itl_slo_ms: float | None = parameter(35.0, above=0, help="target for a request's TPOT")
     ttft_slo_ms: float | None = parameter(3000.0, above=0, help="target for a request's TTFT")
     profile: str = parameter("llama-3.1-8b-rtx4090", help="GPU profile, a name or a file")

@@ -28,8 +28,9 @@ from batchpilot.env.workloads import SATURATED, WorkloadSpec
 class LiveEnvParameters(EnvParameters):
     """The parameters of `batchpilot/LiveBatchLimits-v0`: those of `EnvParameters`, and vLLM's."""
 
+    synthetic_arrivals = "poisson:2"
+
     workload: str = parameter("chat:output_max=400", help="see WorkloadSpec")
-    arrivals: str | None = parameter("poisson:2", help="see WorkloadSpec")
     itl_slo_ms: float | None = parameter(100.0, above=0, help="target for a request's TPOT")
     model: str = parameter("smollm2-135m", help="smollm2-135m, tiny, or a model folder")
     max_num_seqs: int = parameter(64, minimum=2, help="start-up limit; that of the action 1")

@@ -7,9 +7,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.engine import EngineRequest
-from batchpilot.env.replay import ReplayParameters, trace_end_seconds
+from batchpilot.env.replay import ReplayParameters, replayed_lines, trace_end_seconds
+from batchpilot.env.specs import split_phases
 from batchpilot.env.workloads import (
     SATURATED,
     TRACE_ARRIVALS,
@@ -45,7 +48,8 @@ class RequestStream:
         random_start: Replay a random stretch of a trace instead of its start.
 
     Raises:
-        ConfigError: The workload cannot be built, or holds a request that is too long.
+        ConfigError: The workload cannot be built, holds a request that is too long, or has arrivals
+            that would never reach the horizon.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class RequestStream:
         self._max_model_len = max_model_len
         self._refill_below = refill_below
         self._refills = (
-            spec.num_requests is None and spec.replay is None and spec.arrivals in (None, SATURATED)
+            spec.num_requests is None
+            and spec.replay is None
+            and (spec.arrivals or SATURATED).strip() == SATURATED
         )
         self._chunk = 0
         self._next: Arrival | None = None
@@ -126,14 +132,20 @@ class RequestStream:
             yield Arrival(planned.arrival_seconds, request)
 
 
+def own_times(spec: WorkloadSpec) -> ReplayParameters | None:
+    """The stretch of a trace that is replayed at its own arrival times; None where none is."""
+    return spec.replay if spec.arrivals in (None, TRACE_ARRIVALS) else None
+
+
 def _covering(spec: WorkloadSpec, horizon_seconds: float, random_start: bool) -> Workload:
     """A workload that reaches the horizon, cut there."""
-    replay = spec.replay
-    if replay is not None and spec.arrivals in (None, TRACE_ARRIVALS):
+    replay = own_times(spec)
+    if replay is not None:
         stretch = _stretch(spec, replay, horizon_seconds, random_start)
         return spec.build(stretch)
-    if replay is not None or spec.num_requests is not None:
+    if spec.replay is not None or spec.num_requests is not None:
         return _cut(spec.build(), horizon_seconds)
+    _check_goes_on(spec, horizon_seconds)
     count = _FIRST_DRAW
     while True:
         workload = replace(spec, num_requests=count).build()
@@ -142,19 +154,50 @@ def _covering(spec: WorkloadSpec, horizon_seconds: float, random_start: bool) ->
         count *= 2
 
 
+def _check_goes_on(spec: WorkloadSpec, horizon_seconds: float) -> None:
+    """Makes sure that more requests mean later ones."""
+    for phase in split_phases(spec.arrivals or SATURATED, what="arrivals"):
+        seconds = phase.start_s / spec.rate_scale
+        if phase.text.strip() == SATURATED and seconds < horizon_seconds:
+            raise ConfigError(
+                f"arrivals {spec.arrivals!r}: from {seconds:g} s on every request is there at "
+                f"once, and no number of them lasts to horizon_s={horizon_seconds:g}; give "
+                f"num_requests, or {SATURATED!r} alone"
+            )
+
+
 def _stretch(
     spec: WorkloadSpec, replay: ReplayParameters, horizon_seconds: float, random_start: bool
 ) -> ReplayParameters:
     """As much of a trace as the horizon takes, from its start or from anywhere in it."""
     seconds = horizon_seconds * spec.rate_scale
-    end_s = trace_end_seconds(replay)
+    latest = trace_end_seconds(replay) - seconds
     start_s = replay.start_s
-    latest = end_s - seconds
     if random_start and latest > start_s:
-        start_s = float(np.random.default_rng([spec.seed, _STARTS]).uniform(start_s, latest))
-    if start_s + seconds >= end_s:
+        start_s = _random_start(replay, latest, seconds, spec.seed)
+    if start_s >= latest:
         return replace(replay, start_s=start_s)
     return replace(replay, start_s=start_s, end_s=start_s + seconds)
+
+
+def _random_start(replay: ReplayParameters, latest: float, seconds: float, seed: int) -> float:
+    """Any second up to the latest; where nothing comes for so long, that of some arrival."""
+    rng = np.random.default_rng([seed, _STARTS])
+    start_s = float(rng.uniform(replay.start_s, latest))
+    arrivals_s = _arrivals_s(replay)
+    inside = (start_s <= arrivals_s) & (arrivals_s < start_s + seconds)
+    if inside.any() or not arrivals_s.size:
+        return start_s
+    return min(float(rng.choice(arrivals_s)), latest)
+
+
+def _arrivals_s(replay: ReplayParameters) -> npt.NDArray[np.float64]:
+    """When requests arrive in a stretch of a trace, in seconds of the trace."""
+    whole = ReplayParameters(replay.path, jitter_s=0.0)
+    lines = replayed_lines(whole, np.random.default_rng(0), num_requests=None)
+    times = np.array([line.row.arrival_s for line in lines])
+    end_s = np.inf if replay.end_s is None else replay.end_s
+    return times[(replay.start_s <= times) & (times < end_s)]
 
 
 _STARTS = 100  # a stream of chance that no workload uses

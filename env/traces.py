@@ -6,6 +6,7 @@ import csv
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
@@ -131,7 +132,7 @@ def _read(path: Path, row_type: type[Row], num_requests: int | None) -> list[Tra
     try:
         with _open(path) as file:
             lines = list(itertools.islice(_parse(file, path, row_type), num_requests))
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise ConfigError(f"cannot read workload file {path}: {error}") from error
     if not lines:
         raise ConfigError(f"{path} has a header but no requests")

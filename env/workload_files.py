@@ -16,12 +16,13 @@ from batchpilot.agents.parameters import ConfigError
 
 AT = "at_s"
 _PHASED = ("workload", "arrivals")
+_OF_FILES = ("trace", "empirical")  # kinds whose `path` may be a file
 
 
 def read_workload_file(path: Path) -> dict[str, Any]:
     """Reads the keys of `WorkloadSpec`, lists of phases turned into their text form.
 
-    A CSV file named in it is looked for beside it.
+    A CSV file named in it is looked for beside it, and then in the working directory.
 
     Raises:
         ConfigError: The file cannot be read, or is not such a description; names file and key.
@@ -36,14 +37,31 @@ def read_workload_file(path: Path) -> dict[str, Any]:
     for key in _PHASED:
         if values.get(key) is not None:
             values[key] = _text_form(values[key], where=f"{path}: {key}")
-    if "workload" in values:
-        values["workload"] = _beside(path, values["workload"])
+    if values.get("workload") is not None:
+        values["workload"] = _beside(path.parent, values["workload"])
     return values
 
 
-def _beside(path: Path, workload: str) -> str:
-    candidate = path.parent / workload
-    return str(candidate) if "," not in workload and candidate.is_file() else workload
+def _beside(folder: Path, workload: str) -> str:
+    """The same with each file that lies in the folder named by where it lies."""
+    if "," not in workload and (folder / workload).is_file():
+        return str(folder / workload)
+    return ",".join(_phase_beside(folder, phase) for phase in workload.split(","))
+
+
+def _phase_beside(folder: Path, phase: str) -> str:
+    kind, *parts = phase.split(":")
+    if kind.strip() not in _OF_FILES:
+        return phase
+    return ":".join([kind, *(_value_beside(folder, part) for part in parts)])
+
+
+def _value_beside(folder: Path, part: str) -> str:
+    key, equals, value = part.rpartition("=")
+    name, at, start = value.partition("@")
+    if key not in ("", "path") or not (folder / name).is_file():
+        return part
+    return f"{key}{equals}{folder / name}{at}{start}"
 
 
 def _text_form(value: Any, *, where: str) -> str:

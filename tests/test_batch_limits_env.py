@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -17,6 +18,7 @@ import batchpilot.env.registration  # noqa: F401
 from batchpilot.agents.features import FEATURE_NAMES
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.batch_limits_env import BatchLimitsEnv
+from batchpilot.env.env_parameters import VirtualEnvParameters
 
 SMALL: dict[str, Any] = {
     "profile": "llama-3.1-8b-rtx4090",
@@ -265,6 +267,48 @@ def test_a_trace_can_begin_anywhere(make: Any):
     assert len(set(arrived)) == 3
 
 
+TRACE = "arrival_s,input_tokens,output_tokens\n0.25,20,5\n0.75,20,5\n2.25,20,5\n"
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "trace.csv"
+    path.write_text(TRACE)
+    return path
+
+
+def test_a_trace_keeps_its_own_times_where_no_others_are_asked_for(trace: Path):
+    settings = {key: value for key, value in SMALL.items() if key != "arrivals"}
+    env = BatchLimitsEnv(**{**settings, "workload": str(trace)})
+    arrived = [result[4]["arrived"] for result in play(env, [HIGHEST] * 100, seed=0)[1:]]
+    env.close()
+    assert arrived == [1, 1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "expected"),
+    [
+        ("workload: chat\narrivals: poisson:7", None, "poisson:7"),
+        ("workload: chat\narrivals: poisson:7", "saturated", "saturated"),
+        ("workload: chat", None, "gamma:4.5:3"),
+        ("workload: trace.csv", None, None),
+        ("workload: trace.csv\narrivals: poisson:7", None, "poisson:7"),
+    ],
+)
+def test_whose_arrivals_count(
+    trace: Path, tmp_path: Path, text: str, given: str | None, expected: str | None
+):
+    path = tmp_path / "workload.yaml"
+    path.write_text(text)
+    params = VirtualEnvParameters(workload=str(path), arrivals=given)
+    assert params.workload_spec.arrivals == expected
+
+
+def test_a_synthetic_workload_has_the_arrivals_of_its_environment():
+    assert VirtualEnvParameters().workload_spec.arrivals == "gamma:4.5:3"
+    assert VirtualEnvParameters(workload="chat").workload_spec.arrivals == "gamma:4.5:3"
+
+
 def test_rendering(make: Any):
     env = make(render_mode="ansi")
     env.reset(seed=0)
@@ -285,6 +329,14 @@ def test_rendering(make: Any):
         ({"action_design": "polar"}, "action_design='polar' is not one of: absolute, residual"),
         ({"base_policy": "lucky"}, "unknown policy 'lucky'"),
         ({"history": 0}, "history=0 must be at least 1"),
+        (
+            {"random_start": True},
+            "random_start=True needs a trace at its own times, not workload='fixed:64:32'",
+        ),
+        (
+            {"random_start": True, "workload": "azure-2023-conv"},
+            "not workload='azure-2023-conv' with arrivals='poisson:20'",
+        ),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], error: str):

@@ -12,7 +12,11 @@ import batchpilot.env.registration  # noqa: F401
 from batchpilot.agents.limits import BatchLimits, EngineFacts
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.engine import EngineRequest
-from batchpilot.env.live_batch_limits_env import LiveBatchLimitsEnv, measured_capacity
+from batchpilot.env.live_batch_limits_env import (
+    LiveBatchLimitsEnv,
+    LiveEnvParameters,
+    measured_capacity,
+)
 
 ENV_ID = "batchpilot/LiveBatchLimits-v0"
 SMALL: dict[str, Any] = {
@@ -42,6 +46,11 @@ def test_it_is_registered_as_what_it_is():
     assert spec.nondeterministic
     with pytest.raises(ConfigError, match="LiveBatchLimits-v0: unknown key 'profile'"):
         gymnasium.make(ENV_ID, profile="llama-3.1-8b-h100")
+
+
+def test_only_a_synthetic_workload_has_the_arrivals_of_the_environment():
+    assert LiveEnvParameters().workload_spec.arrivals == "poisson:2"
+    assert LiveEnvParameters(workload="azure-2023-conv").workload_spec.arrivals is None
 
 
 @pytest.mark.live

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from batchpilot.agents.parameters import ConfigError
@@ -92,6 +93,65 @@ def test_a_random_stretch_of_a_trace(trace: Path):
 
 def test_a_trace_shorter_than_the_horizon_is_taken_whole(trace: Path):
     assert len(drain(stream(WorkloadSpec(str(trace)), 5000.0, random_start=True))) == 1000
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> Path:
+    """Bursts far from each other; a request's length names its second."""
+    path = tmp_path / "quiet.csv"
+    lines = [f"{second},{second + 1},1" for second in (0, 1, 2, 3, 1000, 1001, 1002)]
+    path.write_text("\n".join(["arrival_s,input_tokens,output_tokens", *lines]))
+    return path
+
+
+@pytest.mark.parametrize("stretch", ["", ":start_s=2", ":end_s=1001.5", ":start_s=500"])
+def test_a_random_stretch_is_never_empty(quiet: Path, stretch: str):
+    seen = set()
+    for seed in range(50):
+        spec = WorkloadSpec(f"trace:{quiet}{stretch}", seed=seed)
+        arrivals = drain(stream(spec, 120.0, random_start=True))
+        assert 0 <= arrivals[0].seconds <= arrivals[-1].seconds <= 120
+        seen |= {len(arrival.request.prompt_token_ids) - 1 for arrival in arrivals}
+    assert 1001 in seen
+    assert (3 in seen) == (stretch != ":start_s=500")
+
+
+def test_a_stretch_without_any_request_is_said(quiet: Path):
+    spec = WorkloadSpec(f"trace:{quiet}:start_s=10:end_s=900")
+    with pytest.raises(ConfigError, match="no request from start_s="):
+        stream(spec, 120.0, random_start=True)
+
+
+def test_the_draw_of_a_start_is_kept_where_something_comes(trace: Path):
+    for seed in range(5):
+        drawn = np.random.default_rng([seed, 100]).uniform(0.0, 989.0)
+        first, *_ = drain(stream(WorkloadSpec(str(trace), seed=seed), random_start=True))
+        assert len(first.request.prompt_token_ids) == int(drawn) + 2
+        assert first.seconds == pytest.approx(1 - drawn % 1)
+
+
+@pytest.mark.parametrize("arrivals", [" saturated", "saturated ", ""])
+def test_blanks_around_saturated_say_nothing(arrivals: str):
+    requests = stream(WorkloadSpec("fixed:5:5", arrivals))
+    assert [len(list(requests.due(0.0, lambda: 2))) for _ in range(50)] == [6] * 50
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "second"),
+    [("poisson:1,saturated@60", 30), ("saturated,poisson:4@60", 0), ("poisson:1, saturated@4", 2)],
+)
+def test_arrivals_that_would_never_reach_the_horizon(arrivals: str, second: int):
+    error = rf"arrivals '{arrivals}': from {second} s on .* horizon_s=100; give num_requests"
+    with pytest.raises(ConfigError, match=error):
+        stream(WorkloadSpec("fixed:5:5", arrivals, rate_scale=2.0), 100.0)
+    limited = WorkloadSpec("fixed:5:5", arrivals, num_requests=500)
+    assert len(drain(stream(limited, 100.0))) == 500
+
+
+def test_all_at_once_after_the_horizon_is_as_good_as_never():
+    times = [a.seconds for a in drain(stream(WorkloadSpec("fixed:5:5", "poisson:9,saturated@10")))]
+    assert len(times) > 50
+    assert times[-1] < 10.0
 
 
 def test_what_is_too_long_is_refused(trace: Path):
