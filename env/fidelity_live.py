@@ -189,21 +189,20 @@ def compare(
         EngineStalledError: The engine stopped making progress.
     """
     work = [timed_requests(setup, num_requests, seed) for seed in range(rounds)]
+    longest = longest_that_fits(resolve_model(setup.model), setup.kv_blocks, setup.block_size)
+    simulated = virtual_config(setup, profile, longest)
     config = LiveEngineConfig(
         model=setup.model,
         max_num_seqs=setup.max_num_seqs,
         max_num_batched_tokens=setup.max_num_batched_tokens,
         kv_blocks=setup.kv_blocks,
         block_size=setup.block_size,
-        max_model_len=longest_that_fits(
-            resolve_model(setup.model), setup.kv_blocks, setup.block_size
-        ),
+        max_model_len=longest,
     )
     with LiveEngine(config) as engine:
         replay(engine, work[0][:WARM_UP_REQUESTS], Slo(), Silent())
-        longest = engine.max_model_len
         live = [[run_policy(engine, name, requests) for name in policies] for requests in work]
-    with VirtualEngine(virtual_config(setup, profile, longest)) as engine:
+    with VirtualEngine(simulated) as engine:
         virtual = [[run_policy(engine, name, requests) for name in policies] for requests in work]
     return [
         Comparison(
@@ -212,6 +211,16 @@ def compare(
         )
         for p, name in enumerate(policies)
     ]
+
+
+def check_policies(policies: Sequence[str]) -> None:
+    """Builds each once, which takes no time.
+
+    Raises:
+        ConfigError: It is not there, or needs what nobody gives it here, such as a target.
+    """
+    for policy in policies:
+        PolicySpec.parse(policy).build(TARGETS)
 
 
 def virtual_config(setup: Setup, profile: GpuProfile, max_model_len: int) -> VirtualEngineConfig:
@@ -325,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup = Setup(model=options.model)
     console = Console(stderr=True)
     try:
+        check_policies(options.policies)
         profile = load_profile(options.profile) if options.profile else calibrated(setup, console)
         comparisons = compare(
             setup, profile, options.policies, options.rounds, options.num_requests

@@ -15,7 +15,7 @@ Lines = tuple[TraceLine[TraceRow], ...]
 
 #: A whole trace may begin so many seconds late, or by so large a share of its length; what begins
 #: later counts from something else, such as 1970.
-LATE_SECONDS, LATE_SHARE = 60.0, 0.1
+LATE_SECONDS, LATE_SHARE = 10.0, 0.1
 
 
 @dataclass(frozen=True)

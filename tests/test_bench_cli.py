@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from batchpilot.__main__ import main
 from batchpilot.agents.catalog import POLICIES
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.bench import cli
+from batchpilot.env.bench.plan import prepare
 from batchpilot.env.bench.settings import BenchSettings
 
 BASE = ["bench", "--engine", "live", "--model", "tiny", "--workload"]
@@ -105,6 +107,54 @@ def test_a_report_that_fails_does_not_lose_the_numbers(engine, folder, monkeypat
     with pytest.raises(ZeroDivisionError):
         main([*SMALL, "--policies", "static"])
     assert json.loads((folder / "results.json").read_text())["schema"] == 1
+
+
+def test_a_reader_that_has_seen_enough_loses_nobody_the_results(engine, folder, monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as pipe, contextlib.suppress(SystemExit):
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main([*SMALL, "--policies", "static"]) != 0
+    assert sorted(os.listdir(folder)) == ["report.html", "results.json"]
+
+
+def test_files_that_cannot_be_written_in_the_end_leave_the_tables(engine, capsys, monkeypatch):
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "write_whole", fail)
+    assert main([*SMALL, "--policies", "static"]) == 1
+    printed = capsys.readouterr()
+    assert "cannot write the results: No space left on device" in printed.err
+    assert "tokens/s" in printed.out
+
+
+def test_a_workload_file_s_own_arrivals_and_rate_are_reported(engine, folder):
+    Path("w.yaml").write_text(
+        "workload: {fixed: {prompt_tokens: 2, output_tokens: 5}}\n"
+        "arrivals: poisson:50\nrate_scale: 2\nnum_requests: 4\n"
+    )
+    assert main([*BASE, "w.yaml", "--rate-scale", "3", "--policies", "static"]) == 0
+    workload = json.loads((folder / "results.json").read_text())["workload"]
+    assert workload["name"] == "fixed:prompt_tokens=2:output_tokens=5"
+    assert (workload["arrivals"], workload["rate_scale"]) == ("poisson:50", 6.0)
+
+
+def test_a_capacity_is_searched_only_where_a_rate_can_be_scaled(no_engine, capsys):
+    words = ["--find-capacity", "--ttft-slo-ms", "500", "--policies", "static"]
+    Path("w.yaml").write_text("workload: chat\narrivals: saturated\n")
+    assert main([*BASE, "w.yaml", *words]) == 2
+    assert "arrivals='saturated' of workload 'w.yaml' has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workload", ["chat", "w.yaml", "w.csv"])
+def test_where_nobody_says_when_requests_arrive_a_capacity_scales_a_poisson_process(workload):
+    Path("w.yaml").write_text("workload: chat\n")
+    Path("w.csv").write_text(f"{HEADER}0,2,5\n0,2,5\n")
+    settings = BenchSettings(
+        model="tiny", workload=workload, find_capacity=True, itl_slo_ms=50.0, kv_blocks=0
+    )
+    assert prepare(settings).workload_to_json()["arrivals"] == "poisson:1"
 
 
 HEADER = "arrival_s,input_tokens,output_tokens\n"

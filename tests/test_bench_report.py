@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 
@@ -9,7 +10,15 @@ import pytest
 from rich.console import Console
 from test_bench_results import bench
 
-from batchpilot.env.bench.figures import PAPER, render, tail, timeline_figure
+from batchpilot.env.bench.figures import (
+    PAPER,
+    bars_figure,
+    latency_figure,
+    render,
+    tail,
+    timeline_figure,
+    wrapped,
+)
 from batchpilot.env.bench.measure import Slo
 from batchpilot.env.bench.report import inline_svg, render_report
 from batchpilot.env.bench.summary import summarise
@@ -76,6 +85,64 @@ def test_a_report_without_targets_or_results_still_stands():
 def test_names_are_escaped():
     results = bench("static")
     assert "<b>" not in render_report(results.__class__(**{**vars(results), "model": "<b>"}))
+
+
+def labelled(*labels):
+    """A bench of policies that are called so."""
+    asked = ",".join(f"static:max_num_seqs={index + 1}" for index in range(len(labels)))
+    found = bench(asked, slo=Slo(itl_slo_ms=15.0, ttft_slo_ms=150.0), rounds=1)
+    names = dict(zip(found.policies, labels, strict=True))
+    return replace(found, runs=tuple(replace(run, policy=names[run.policy]) for run in found.runs))
+
+
+FOLDERS = "learned:/home/somebody/projects/batchpilot/runs"
+LONG = [f"{FOLDERS}/{name}/policy:itl_slo_ms=40.0:ttft_slo_ms=2000.0" for name in "abcd"]
+
+
+def test_a_label_that_looks_like_a_formula_is_shown_as_it_is():
+    page = render_report(labelled(r"learned:/a$\frac$", "static"))
+    for picture in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        assert r"learned:/a$\frac$" in picture
+
+
+@pytest.mark.parametrize(
+    ("label", "lines"),
+    [
+        ("static", ["static"]),
+        ("x" * 40, ["x" * 40]),
+        ("x" * 41, ["x" * 40, "x"]),
+        (
+            "static:max_num_seqs=128:max_num_batched_tokens=512",
+            ["static:max_num_seqs=128:", "max_num_batched_tokens=512"],
+        ),
+        (
+            LONG[0],
+            [
+                "learned:/home/somebody/projects/",
+                "batchpilot/runs/a/policy:",
+                "itl_slo_ms=40.0:ttft_slo_ms=2000.0",
+            ],
+        ),
+    ],
+)
+def test_a_long_label_takes_several_lines(label, lines):
+    assert wrapped(label).split("\n") == lines
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_labels_leave_room_for_what_they_name():
+    found = labelled(*LONG)
+    bars, timeline = bars_figure(found, PAPER), timeline_figure(found, PAPER)
+    latency = latency_figure(found, PAPER, 15.0, 150.0)
+    for figure in (bars, timeline, latency):
+        figure.draw_without_rendering()
+    assert min(axis.get_position().width for axis in bars.axes) > 0.1
+    titles = [axis._left_title.get_window_extent() for axis in timeline.axes[::2]]
+    assert max(title.x1 for title in titles) < timeline.axes[1].get_window_extent().x0
+    key = timeline.axes[0].texts[0].get_window_extent()
+    assert not key.overlaps(titles[0])
+    assert latency.legends[0].get_window_extent().x1 < latency.bbox.x1
+    assert min(axis.get_position().height for axis in latency.axes) > 0.4
 
 
 @pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")])

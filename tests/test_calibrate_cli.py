@@ -1,6 +1,9 @@
 """`batchpilot calibrate`: settings, what it refuses, and a real engine from end to end."""
 
+import contextlib
 import json
+import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -89,6 +92,28 @@ def test_results_are_written_and_shown(capsys, tmp_path, monkeypatch):
         (line,) = [line for line in shown.splitlines() if f" {kind} " in line]
         assert [part.strip() for part in line.split("│")][2] == str(count)
         assert "0.0%" in line
+
+
+def test_a_reader_that_has_seen_enough_loses_nobody_the_profile(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "calibrate", lambda settings, progress: (PROFILE, CELLS))
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as pipe, contextlib.suppress(SystemExit):
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["calibrate", "--out", str(tmp_path / "p.json")]) != 0
+    assert load_profile(str(tmp_path / "p.json")) == PROFILE
+
+
+def test_a_profile_that_cannot_be_written_in_the_end_is_still_shown(capsys, tmp_path, monkeypatch):
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "calibrate", lambda settings, progress: (PROFILE, CELLS))
+    monkeypatch.setattr(cli, "write_whole", fail)
+    assert main(["calibrate", "--out", str(tmp_path / "p.json")]) == 1
+    printed = capsys.readouterr()
+    assert "cannot write the profile: No space left on device" in printed.err
+    assert "llama-3.1-8b-h100: floor 6.84 ms" in printed.out
 
 
 @pytest.mark.parametrize(("error", "warned"), [(0.09, False), (0.11, True)])

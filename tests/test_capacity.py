@@ -2,18 +2,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from policies import constant, write
 
 from batchpilot.__main__ import main
 from batchpilot.agents.limits import BatchLimits
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.bench.capacity import TOLERANCE, Point, best_of, search
+from batchpilot.env.bench.cells import Cell, bench_cells, open_cells, run_cells
+from batchpilot.env.bench.contestants import parse_contestants
 from batchpilot.env.bench.measure import RunMeasurement, Sample
+from batchpilot.env.bench.plan import prepare
+from batchpilot.env.bench.runner import EngineStalledError
 from batchpilot.env.bench.settings import BenchSettings
 from batchpilot.env.bench.store import RunStore, digest
 
@@ -60,6 +66,7 @@ def test_a_rate_above_one_that_was_lost_does_not_count():
 
 
 VIRTUAL = ["bench", "--engine", "virtual", "--profile", "llama-3.1-8b-rtx4090", "--workers", "1"]
+VIRTUAL_SETTINGS = {"engine": "virtual", "profile": "llama-3.1-8b-rtx4090"}
 SMALL = [*VIRTUAL, "--workload", "fixed:prompt_tokens=64:output_tokens=8", "--rounds", "2"]
 
 
@@ -119,6 +126,94 @@ def test_runs_in_processes_are_the_same_as_here(folder):
     here = results()["runs"]
     assert main([*SMALL, *words, "--workers", "2"]) == 0
     assert results()["runs"] == here
+
+
+RUN_CELL = "batchpilot.env.bench.cells.run_cell"
+
+
+@pytest.mark.parametrize("kept", ["file", "file/kept", "/proc/kept"])
+def test_a_folder_that_cannot_keep_anything_is_found_before_anything_runs(
+    kept, folder, capsys, monkeypatch
+):
+    (folder / "file").write_text("mine")
+    monkeypatch.setattr(RUN_CELL, lambda *_: pytest.fail("a run was started"))
+    assert main([*SMALL, "--policies", "static", "--work-dir", kept]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"work_dir={kept!r} is no folder to write in: " in line
+    assert (folder / "file").read_text() == "mine"
+
+
+def test_a_full_disk_loses_no_result_and_is_told_of_once(folder, monkeypatch, caplog):
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("batchpilot.env.bench.store.write_whole", fail)
+    words = ["--policies", "static", "--num-requests", "20", "--work-dir", str(folder / "kept")]
+    assert main([*SMALL, *words]) == 0
+    assert len(results()["runs"]) == 2
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith(f"finished runs cannot be kept in {folder / 'kept'}: No space left")
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [([], "the same command goes on"), (["--fresh"], "the command without --fresh goes on")],
+)
+def test_an_interrupt_says_which_command_goes_on(words, again, folder, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RUN_CELL, interrupt)
+    assert main([*SMALL, "--policies", "static", *words]) == 130
+    assert f"finished runs are kept, {again} from there" in capsys.readouterr().err
+
+
+def test_an_engine_that_stalls_in_this_process_ends_the_bench_at_once(folder, capsys, monkeypatch):
+    ran = []
+
+    def stall(*arguments):
+        ran.append(arguments)
+        raise EngineStalledError("no token in 9 steps")
+
+    monkeypatch.setattr(RUN_CELL, stall)
+    assert main([*SMALL, "--policies", "static,memory"]) == 1
+    assert "no token in 9 steps; nothing was written" in capsys.readouterr().err
+    assert len(ran) == 1
+
+
+class Noting:
+    """Notes what is run and what is shown, in that order."""
+
+    def __init__(self):
+        self.seen = []
+
+    def run(self, cell, max_model_len):
+        self.seen.append(f"ran {cell.round}")
+        return measurement()
+
+    def run_finished(self, run):
+        self.seen.append(f"shown {run.round}")
+
+
+def test_one_worker_shows_each_run_as_it_ends(folder, monkeypatch):
+    noting = Noting()
+    monkeypatch.setattr(RUN_CELL, noting.run)
+    plan = prepare(BenchSettings(**VIRTUAL_SETTINGS, policies="static", rounds=2, workers=1))
+    with open_cells(plan) as cells:
+        runs = run_cells(cells, bench_cells(plan), noting)
+    assert [run.round for run in runs] == [1, 2]
+    assert noting.seen == ["ran 1", "shown 1", "ran 2", "shown 2"]
+
+
+def test_a_shadow_that_was_trained_again_is_run_again(tmp_path):
+    names = set()
+    for action in (0.0, 0.5):
+        shutil.rmtree(tmp_path / "policy", ignore_errors=True)
+        write(tmp_path / "policy", constant(action, 0.0))
+        shadow = f"learned:{tmp_path / 'policy'}"
+        (contestant,) = parse_contestants("static", {}, shadow)
+        names.add(Cell(BenchSettings(**VIRTUAL_SETTINGS), contestant, 1).name())
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize(

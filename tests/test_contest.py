@@ -210,6 +210,14 @@ def outcomes(content):
     return [outcome for row in rows for outcome in row.get("outcomes", row.get("common"))]
 
 
+@pytest.mark.parametrize("kept", ["file", "/proc/kept"])
+def test_a_folder_that_cannot_keep_anything_is_found_first(kept, folder, capsys, monkeypatch):
+    (folder / "file").write_text("mine")
+    monkeypatch.setattr(trials, "run_trial", lambda trial: pytest.fail("a trial was started"))
+    assert main(["--quick", "--workers", "1", "--work-dir", kept]) == 2
+    assert f"contest: work_dir={kept!r} is no folder to write in" in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line(folder, capsys):
     assert main(["--profiles", "gpu"]) == 2
     assert capsys.readouterr().err.startswith("contest: no profile 'gpu'")

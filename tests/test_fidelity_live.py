@@ -7,11 +7,13 @@ import pytest
 from batchpilot.agents.limits import BatchLimits, Decision, EngineFacts, EngineSnapshot, Source
 from batchpilot.agents.memory import MemoryParameters, MemoryPolicy
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.env import fidelity_live
 from batchpilot.env.fidelity_live import (
     Setup,
     Tolerance,
     compare,
     comparison_table,
+    main,
     relative_error,
     virtual_config,
 )
@@ -77,6 +79,24 @@ def test_a_policy_that_reads_more_than_the_witnessed_one_does_not_count_as_equal
 def test_a_profile_of_another_block_size_is_refused():
     with pytest.raises(ConfigError, match="block_size=16 must be 32"):
         virtual_config(TINY, replace(PROFILE, block_size=16), 4096)
+
+
+def test_a_profile_that_does_not_fit_is_refused_before_an_engine_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("BATCHPILOT_CACHE", str(tmp_path))
+    monkeypatch.setattr(fidelity_live, "LiveEngine", lambda config: pytest.fail("started"))
+    with pytest.raises(ConfigError, match="block_size=16 must be 32"):
+        compare(TINY, replace(PROFILE, block_size=16), ["static"], rounds=1, num_requests=4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"), [("magic", "unknown policy 'magic'"), ("sla", "itl_slo_ms is required")]
+)
+def test_a_policy_that_cannot_be_built_is_refused_before_an_engine_starts(
+    policy, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(fidelity_live, "calibrate", lambda *_: pytest.fail("started"))
+    assert main(["--policies", "static", policy]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

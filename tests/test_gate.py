@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from policies import constant, write
+from rich.console import Console
 
 from batchpilot.__main__ import main
 from batchpilot.agents.limits import BatchLimits, Decision, EngineFacts, EngineSnapshot, Source
@@ -28,6 +30,7 @@ from batchpilot.env.gate.evaluate import (
 )
 from batchpilot.env.gate.settings import Rules, load_gate_settings
 from batchpilot.env.gate.statistics import bootstrap_gain, relative_gains
+from batchpilot.env.gate.table import print_verdict
 from batchpilot.env.gate.verdict import Verdict, judge
 from batchpilot.env.profiles import load_profile
 from batchpilot.env.scenarios import ScenarioRanges
@@ -195,6 +198,15 @@ def test_no_profile_of_its_cells_is_trained_on_by_default_or_in_a_bundled_family
     assert held_out.isdisjoint(ScenarioRanges().profiles)
 
 
+def test_names_in_brackets_are_shown_whole():
+    found = [replace(run, cell=f"h100 [{run.cell}]") for run in (*runs(NEW, 0.5), *runs(OLD, 1.0))]
+    judged = judge(found, candidate=NEW, reference=OLD, analytic=(), static=(), rules=Rules())
+    out = io.StringIO()
+    print_verdict(judged, Console(file=out, width=200))
+    # Each in its own row, and the first where it is named for breaking a rule.
+    assert [out.getvalue().count(f"h100 [{name}]") for name in CELLS] == [2, 1, 1]
+
+
 CELL = (
     "{name: small, profile: llama-3.1-8b-rtx4090, "
     "workload: 'lognormal:prompt_mean=600:output_mean=40', "
@@ -213,6 +225,27 @@ def test_a_seed_is_of_the_noise_too(tmp_path):
     tasks = [GateTask(cell, Contestant.parse("static"), seed) for seed in (0, 1, 0)]
     first, other, again = (run_task(task).tokens_per_s for task in tasks)
     assert first == again != other
+
+
+def test_a_run_needs_no_folder_to_write_in(gate, monkeypatch):
+    (cell, *_) = load_gate_settings(gate).cells
+    monkeypatch.chdir("/proc")
+    assert run_task(GateTask(cell, Contestant.parse("static"), 0)).goodput_per_s > 0
+
+
+def test_runs_that_cannot_be_kept_count_and_a_folder_that_is_none_is_refused(
+    gate, tmp_path, monkeypatch, caplog
+):
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    tasks = gate_tasks(load_gate_settings(gate), ("static",))[:2]
+    with pytest.raises(ConfigError, match=r"work_dir='.*gate.yaml' is no folder to write in"):
+        run_gate(tasks, print, workers=1, work_dir=gate)
+    monkeypatch.setattr("batchpilot.env.bench.store.write_whole", fail)
+    found = run_gate(tasks, lambda run: None, workers=1, work_dir=tmp_path / "runs")
+    assert [run.cell for run in found] == ["small", "more"]
+    assert caplog.text.count("No space left on device; no result is lost") == 1
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,16 @@ def test_trace_that_is_not_text(tmp_path: Path):
         build_workload(path)
 
 
+def test_a_damaged_archive(tmp_path: Path):
+    path = tmp_path / "trace.csv.gz"
+    lines = "\n".join([HEADER, *(f"{second},{second % 97 + 1},5" for second in range(5000))])
+    packed = bytearray(gzip.compress(lines.encode()))
+    packed[100:120] = bytes(20)
+    path.write_bytes(packed)
+    with pytest.raises(ConfigError, match=r"cannot read workload file .*trace\.csv\.gz: Error -3"):
+        build_workload(path)
+
+
 def test_trace_with_an_endless_cell(trace):
     with pytest.raises(ConfigError, match=r"trace\.csv line 2: field larger than"):
         build_workload(trace(HEADER, "1" * 200_000))
@@ -483,7 +493,7 @@ def test_times_since_1970_are_refused_with_where_to_begin(trace):
     assert [r.arrival_seconds for r in build_workload(remedy).requests] == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("lines", [("59,10,5",), ("400,10,5", "5000,10,5")])
+@pytest.mark.parametrize("lines", [("9,10,5",), ("400,10,5", "5000,10,5")])
 def test_a_trace_may_begin_a_little_late(trace, lines):
     first = float(lines[0].split(",")[0])
     assert build_workload(str(trace(HEADER, *lines))).requests[0].arrival_seconds == first
@@ -626,6 +636,31 @@ def test_a_workload_file_finds_the_trace_beside_it(trace, workload_file):
 
 
 @pytest.mark.parametrize(
+    "workload",
+    [
+        "{trace: {path: trace.csv}}",
+        "{trace: {start_s: 0, path: trace.csv}}",
+        "{trace: trace.csv}",
+        "trace:trace.csv",
+        "empirical:trace.csv",
+        "[fixed:7:8, {empirical: {path: trace.csv}, at_s: 5}]",
+        "fixed:7:8,empirical:path=trace.csv@5",
+    ],
+)
+def test_whatever_names_a_file_finds_it_beside_the_workload_file(trace, workload_file, workload):
+    trace(HEADER, "0,7,8")
+    (request, *_) = build_workload(workload_file(f"workload: {workload}")).requests
+    assert (request.prompt_tokens, request.output_tokens) == (7, 8)
+
+
+def test_a_trace_that_comes_with_batchpilot_lies_beside_nothing(workload_file):
+    path = workload_file("workload: {trace: {path: azure-2023-conv}}")
+    assert build_workload(path, num_requests=3) == build_workload(
+        "trace:path=azure-2023-conv", num_requests=3
+    )
+
+
+@pytest.mark.parametrize(
     ("text", "error"),
     [
         ("- chat", r"workload\.yaml is not a list of `key: value` lines"),
@@ -633,6 +668,7 @@ def test_a_workload_file_finds_the_trace_beside_it(trace, workload_file):
         ("wrkload: chat", r"workload\.yaml: unknown key 'wrkload'; allowed: workload, arrivals"),
         ("seed: -1", r"workload\.yaml: seed=-1 must be at least 0"),
         ("num_requests: many", r"num_requests='many' is not a whole number"),
+        ("workload:", r"workload\.yaml: workload=None is not"),
         ("workload: 5", r"workload\.yaml: workload=5 is neither a text nor a list"),
         ("workload: [{chat: , fixed: }]", r"workload\[0\]=.* must name one kind"),
         ("workload: [{chat: [1]}]", r"workload\[0\]\.chat=\[1\] is not `key: value` pairs"),

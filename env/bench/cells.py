@@ -60,6 +60,9 @@ class Cell:
     def name(self) -> str:
         """The digest of everything that decides what it gives."""
         chosen, shadow = self.settings, self.contestant.shadow
+        beside = None
+        if shadow is not None:
+            beside = [str(shadow), shadow.fingerprint(), sources_digest(shadow.name)]
         # What is served, not how it was asked for: files and traces may change.
         served = repr(build_round_workload(chosen, self.round - 1).requests)
         return digest(
@@ -71,7 +74,7 @@ class Cell:
                 "slo": asdict(chosen.slo),
                 "policy": self.contestant.identity,
                 "sources": sources_digest(self.contestant.policy_name),
-                "shadow": None if shadow is None else [str(shadow), sources_digest(shadow.name)],
+                "shadow": beside,
                 "noise_seed": self.seed,
                 "vllm": vllm_version(),
             }
@@ -167,12 +170,9 @@ def _run_and_keep(cell: Cell, max_model_len: int, store: RunStore, name: str) ->
 
 
 def _start_here(function: Callable[..., RunMeasurement], *args: Any) -> Future[RunMeasurement]:
-    """Runs at once, in this process."""
+    """Runs at once, in this process; what goes wrong is raised at once too."""
     done: Future[RunMeasurement] = Future()
-    try:
-        done.set_result(function(*args))
-    except Exception as error:
-        done.set_exception(error)
+    done.set_result(function(*args))
     return done
 
 
@@ -213,11 +213,22 @@ def run_cells(cells: Cells, wanted: Sequence[Cell], progress: Progress) -> list[
         ConfigError: A cell cannot be run.
         EngineStalledError: An engine stopped making progress.
     """
-    places = {cells.start(cell): place for place, cell in enumerate(wanted)}
     finished: dict[int, BenchRun] = {}
-    for future in as_completed(places):
-        cell = wanted[places[future]]
-        run = BenchRun(cell.contestant.label, cell.round, cell.seed, future.result())
-        finished[places[future]] = run
-        progress.run_finished(run)
+    for place, measured in _ended(cells, wanted):
+        cell = wanted[place]
+        finished[place] = BenchRun(cell.contestant.label, cell.round, cell.seed, measured)
+        progress.run_finished(finished[place])
     return [finished[place] for place in range(len(wanted))]
+
+
+def _ended(cells: Cells, wanted: Sequence[Cell]) -> Iterator[tuple[int, RunMeasurement]]:
+    """Each cell's place and result: those that start has ended at once, then the others."""
+    running: dict[Future[RunMeasurement], int] = {}
+    for place, cell in enumerate(wanted):
+        future = cells.start(cell)
+        if future.done():
+            yield place, future.result()
+        else:
+            running[future] = place
+    for future in as_completed(running):
+        yield running[future], future.result()

@@ -1,7 +1,7 @@
 """Run one workload under several policies on one engine, and compare them.
 
 All policies serve the same requests on the same engine, in interleaved rounds after a discarded
-warm-up. Prints tables, and writes results.json and one self-contained report.html. Nothing starts
+warm-up. Writes results.json and one self-contained report.html, and prints tables. Nothing starts
 before every setting has been checked; a bench that is interrupted writes nothing.
 """
 
@@ -27,7 +27,13 @@ from batchpilot.env.bench.figures import PAPER, render, timeline_figure
 from batchpilot.env.bench.plan import BenchPlan, open_engine, prepare
 from batchpilot.env.bench.progress import show_progress
 from batchpilot.env.bench.report import render_report
-from batchpilot.env.bench.results import BenchResults, to_json_text, write_whole
+from batchpilot.env.bench.results import (
+    BenchResults,
+    check_folder,
+    check_writable,
+    to_json_text,
+    write_whole,
+)
 from batchpilot.env.bench.runner import BenchRun, EngineStalledError, run_bench, warm_up
 from batchpilot.env.bench.settings import BenchSettings, option
 from batchpilot.env.bench.summary import headline, summarise
@@ -100,26 +106,34 @@ def run(args: argparse.Namespace) -> int:
     given = {f.name: getattr(args, f.name) for f in fields(BenchSettings)}
     settings = BenchSettings(**{name: v for name, v in given.items() if v is not None})
     plan = prepare(settings)
+    _check_places(settings)
     progress = Console(stderr=True)
     try:
         results = _measure(plan, progress)
     except KeyboardInterrupt:
-        kept = settings.engine == "virtual"
-        again = "; finished runs are kept, the same command goes on from there" if kept else ""
-        _complain(f"interrupted; nothing was written{again}")
+        _complain(f"interrupted; nothing was written{_how_to_go_on(settings)}")
         return EXIT_INTERRUPTED
     except EngineStalledError as error:
         _complain(f"{error}; nothing was written")
         return EXIT_FAILED
+    status = _save_results(results, settings, progress)
     _print_results(results)
-    try:
-        _write_results(results, settings)
-    except OSError as error:
-        _complain(f"cannot write the results: {error.strerror or error}")
-        return EXIT_FAILED
-    written = ", ".join(str(path) for path in settings.output_files)
-    progress.print(f"wrote {written}", highlight=False, markup=False, soft_wrap=True)
-    return 0
+    return status
+
+
+def _check_places(settings: BenchSettings) -> None:
+    """Tries every place that is written to, and makes its folder: when all the rest is right."""
+    if settings.work_dir:
+        check_folder("work_dir", Path(settings.work_dir))
+    for path in settings.output_files:
+        check_writable(path)
+
+
+def _how_to_go_on(settings: BenchSettings) -> str:
+    if settings.engine == "live":
+        return ""
+    again = "the command without --fresh" if settings.fresh else "the same command"
+    return f"; finished runs are kept, {again} goes on from there"
 
 
 def _measure(plan: BenchPlan, console: Console) -> BenchResults:
@@ -187,6 +201,18 @@ def _search(plan: BenchPlan, cells: Cells, console: Console, tokens: int) -> _Fo
 
     capacity, runs = find_capacities(plan, cells, tried)
     return _Found(runs, capacity, tokens)
+
+
+def _save_results(results: BenchResults, settings: BenchSettings, console: Console) -> int:
+    """Writes every file and says so; returns the exit status."""
+    try:
+        _write_results(results, settings)
+    except OSError as error:
+        _complain(f"cannot write the results: {error.strerror or error}")
+        return EXIT_FAILED
+    written = ", ".join(str(path) for path in settings.output_files)
+    console.print(f"wrote {written}", highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def _print_results(results: BenchResults) -> None:

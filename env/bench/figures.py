@@ -22,6 +22,11 @@ POINTS = 600
 # Points of a distribution's curve; its far tail is kept whole.
 CURVE_POINTS = 400
 WIDTH_INCHES = 9.6
+# Of a policy's label: what a line may hold, and what a line more of it takes.
+LABEL_CHARACTERS = 40
+LINE_INCHES = 0.17
+# Of a legend's row, its lines and gaps included.
+LEGEND_CHARACTERS = 128
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 
 
@@ -70,15 +75,25 @@ def timeline_figure(results: BenchResults, colours: Colours, round_index: int = 
     """
     runs = [run for policy in results.policies for run in results.of(policy)]
     shown = [run for run in runs if run.round == round_index]
-    figure = Figure(figsize=(WIDTH_INCHES, 0.55 + 1.62 * len(shown)), layout="constrained")
+    labels = [wrapped(run.policy) for run in shown]
+    more_lines = sum(label.count("\n") for label in labels)
+    height = 0.55 + 1.62 * len(shown) + LINE_INCHES * more_lines
+    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     axes = figure.subplots(len(shown), 2, squeeze=False, sharex=True)
     peak = max(run.measurement.peak_running for run in shown)
-    for row, run in enumerate(shown):
+    for row, (run, label) in enumerate(zip(shown, labels, strict=True)):
         samples = thin(run.measurement.timeline, POINTS)
         left, right = axes[row]
+        left.set_title(
+            label,
+            loc="left",
+            color=colours.ink,
+            fontweight="bold",
+            fontsize=10,
+            parse_math=False,
+        )
         _draw_sequences(left, samples, colours, row, top=1.3 * max(peak, 1))
         _draw_kv_cache(right, samples, colours, row)
-        left.set_title(run.policy, loc="left", color=colours.ink, fontweight="bold", fontsize=10)
         summary = _one_line(run.measurement)
         right.set_title(summary, loc="right", color=colours.muted, fontsize=9)
     for axis, label in zip(axes[-1], ("seconds", "seconds"), strict=True):
@@ -90,13 +105,15 @@ def timeline_figure(results: BenchResults, colours: Colours, round_index: int = 
 def bars_figure(results: BenchResults, colours: Colours) -> Figure:
     """A bar per policy and measure: the median, its range, and a dot per round."""
     panels = _bar_panels(results)
-    height = 0.75 + 0.42 * len(results.policies)
+    labels = [wrapped(policy) for policy in results.policies]
+    lines = max(label.count("\n") for label in labels) + 1
+    height = 0.75 + max(0.42, LINE_INCHES * lines) * len(labels)
     figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (title, read) in zip(axes, panels.items(), strict=True):
         _draw_bars(axis, results, read, colours)
         axis.set_title(title, loc="left", color=colours.ink, fontsize=9)
-    axes[0].set_yticks(range(len(results.policies)), results.policies)
+    axes[0].set_yticks(range(len(labels)), labels, parse_math=False)
     axes[0].tick_params(axis="y", labelcolor=colours.ink)
     axes[0].invert_yaxis()
     return figure
@@ -106,7 +123,9 @@ def latency_figure(
     results: BenchResults, colours: Colours, itl_ms: float | None, ttft_ms: float | None
 ) -> Figure:
     """How many token gaps, and first tokens, are longer than a time; each with its target."""
-    figure = Figure(figsize=(WIDTH_INCHES, 3.7), layout="constrained")
+    labels = [wrapped(policy) for policy in results.policies]
+    columns, lines = _legend_shape(labels)
+    figure = Figure(figsize=(WIDTH_INCHES, 3.53 + LINE_INCHES * lines), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_tails(left, results, colours, lambda m: m.itl_ms, itl_ms)
     left.set_xlabel("inter-token latency, ms", color=colours.muted)
@@ -114,9 +133,8 @@ def latency_figure(
     _draw_tails(right, results, colours, lambda m: m.ttft_ms, ttft_ms)
     right.set_xlabel("time to first token, ms", color=colours.muted)
     right.set_ylabel("share of requests that waited longer", color=colours.muted)
-    columns = min(len(results.policies), 4)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(
+    handles, _ = left.get_legend_handles_labels()
+    legend = figure.legend(
         handles,
         labels,
         loc="outside upper left",
@@ -125,7 +143,28 @@ def latency_figure(
         labelcolor=colours.ink,
         fontsize=9,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
+
+
+def wrapped(label: str) -> str:
+    """A policy's label in lines that a picture has room for, ended behind ':' and '/'."""
+    most = LABEL_CHARACTERS
+    lines = [""]
+    for part in re.findall(rf"[^:/]{{0,{most - 1}}}[:/]|[^:/]{{1,{most}}}", label):
+        if len(lines[-1]) + len(part) > most:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _legend_shape(labels: Sequence[str]) -> tuple[int, int]:
+    """How many labels stand side by side, and how many lines that takes."""
+    lines = [label.split("\n") for label in labels]
+    widest = max(len(line) for several in lines for line in several)
+    columns = min(len(labels), 4, LEGEND_CHARACTERS // (widest + 9))
+    return columns, -(-len(labels) // columns) * max(map(len, lines))
 
 
 def render(draw: Callable[[], Figure], colours: Colours, kind: str = "svg") -> bytes:
@@ -225,11 +264,13 @@ def _draw_kv_cache(axis: Axes, samples: Sequence[Sample], colours: Colours, row:
 
 
 def _key(axis: Axes, text: str, colours: Colours) -> None:
+    """What is what, above the title."""
+    more_lines = axis.get_title(loc="left").count("\n")
     axis.annotate(
         text,
         (1, 1.0),
         xycoords="axes fraction",
-        xytext=(0, 18),
+        xytext=(0, 18 + 72 * LINE_INCHES * more_lines),
         textcoords="offset points",
         ha="right",
         va="bottom",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.bench.contestants import Contestant, parse_contestants
 from batchpilot.env.bench.measure import Distribution
-from batchpilot.env.bench.results import check_writable
 from batchpilot.env.bench.runner import Round, TimedRequest
 from batchpilot.env.bench.settings import BenchSettings
 from batchpilot.env.engine import Engine
@@ -18,7 +18,14 @@ from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
 from batchpilot.env.models import ModelSource, longest_that_fits, resolve_model
 from batchpilot.env.profiles import GpuProfile, load_profile
 from batchpilot.env.virtual_engine import VOCAB_SIZE, VirtualEngine, VirtualEngineConfig
-from batchpilot.env.workloads import TRACE_ARRIVALS, Workload, build_workload, engine_requests
+from batchpilot.env.workloads import (
+    SATURATED,
+    TRACE_ARRIVALS,
+    Workload,
+    WorkloadSpec,
+    engine_requests,
+    read_spec,
+)
 
 #: What a search for capacity scales where nobody says.
 CAPACITY_ARRIVALS = "poisson:1"
@@ -35,6 +42,7 @@ class BenchPlan:
         kv_blocks: KV blocks, 0 for as many as fit.
         block_size: Tokens per KV block.
         max_model_len: Longest prompt and output together that model and KV cache can hold.
+        spec: What the first round is drawn from.
         workloads: One per round.
     """
 
@@ -44,6 +52,7 @@ class BenchPlan:
     kv_blocks: int
     block_size: int
     max_model_len: int
+    spec: WorkloadSpec
     workloads: tuple[Workload, ...]
 
     @cached_property
@@ -59,8 +68,8 @@ class BenchPlan:
         first = self.workloads[0]
         return {
             "name": first.name,
-            "arrivals": self.settings.arrivals or _usual_arrivals(self.settings, first),
-            "rate_scale": self.settings.rate_scale,
+            "arrivals": self.spec.arrivals or _usual_arrivals(first),
+            "rate_scale": self.spec.rate_scale,
             "num_requests": len(first.requests),
             "last_arrival_s": first.requests[-1].arrival_seconds,
             "prompt_tokens": _lengths([r.prompt_tokens for r in first.requests]),
@@ -71,23 +80,21 @@ class BenchPlan:
 def prepare(settings: BenchSettings) -> BenchPlan:
     """Makes everything ready and tries what can be tried without an engine.
 
-    The output files come last: their folders are made only when all the rest is right.
-
     Raises:
         ConfigError: Anything that cannot be used.
     """
     slo = settings.slo
     defaults = {"itl_slo_ms": slo.itl_slo_ms, "ttft_slo_ms": slo.ttft_slo_ms}
     contestants = parse_contestants(settings.policies, defaults, settings.shadow)
-    workloads = [build_round_workload(settings, index) for index in range(settings.rounds)]
+    drawn = [_draw(settings, index) for index in range(settings.rounds)]
+    workloads = tuple(workload for _, workload in drawn)
     model, kv_blocks, block_size = _target(settings)
     max_model_len = longest_that_fits(model, kv_blocks, block_size)
     for workload in workloads:
         workload.check_fits(max_model_len)
-    for path in settings.output_files:
-        check_writable(path)
+    spec = drawn[0][0]
     return BenchPlan(
-        settings, contestants, model, kv_blocks, block_size, max_model_len, tuple(workloads)
+        settings, contestants, model, kv_blocks, block_size, max_model_len, spec, workloads
     )
 
 
@@ -136,12 +143,7 @@ def build_round_workload(settings: BenchSettings, index: int) -> Workload:
     Raises:
         ConfigError: It cannot be built.
     """
-    arrivals = settings.arrivals
-    workload = _build_workload(settings, index, arrivals)
-    if settings.find_capacity and not workload.requests[-1].arrival_seconds:
-        # All at once has no rate to scale.
-        workload = _build_workload(settings, index, CAPACITY_ARRIVALS)
-    return workload
+    return _draw(settings, index)[1]
 
 
 def build_round(settings: BenchSettings, index: int) -> Round:
@@ -154,14 +156,28 @@ def build_round(settings: BenchSettings, index: int) -> Round:
     return _make_round(settings, model, build_round_workload(settings, index), index)
 
 
-def _build_workload(settings: BenchSettings, index: int, arrivals: str | None) -> Workload:
-    return build_workload(
-        settings.workload,
-        num_requests=settings.num_requests,
-        arrivals=arrivals,
-        rate_scale=settings.rate_scale,
-        seed=settings.seed + index,
+def _draw(settings: BenchSettings, index: int) -> tuple[WorkloadSpec, Workload]:
+    """What a round is drawn from, a YAML file's own values taken in, and what that gives."""
+    spec = read_spec(
+        WorkloadSpec(
+            settings.workload,
+            settings.arrivals,
+            settings.num_requests,
+            settings.rate_scale,
+            settings.seed + index,
+        )
     )
+    workload = spec.build()
+    if settings.find_capacity and not workload.requests[-1].arrival_seconds:
+        # All at once has no rate to scale.
+        if spec.arrivals is not None:
+            raise ConfigError(
+                f"find_capacity scales a rate, and arrivals={spec.arrivals!r} of "
+                f"workload {settings.workload!r} has none"
+            )
+        spec = replace(spec, arrivals=CAPACITY_ARRIVALS)
+        workload = spec.build()
+    return spec, workload
 
 
 def _target(settings: BenchSettings) -> tuple[ModelSource, int, int]:
@@ -190,11 +206,9 @@ def _make_round(
     return Round(index + 1, seed, timed)
 
 
-def _usual_arrivals(settings: BenchSettings, workload: Workload) -> str:
+def _usual_arrivals(workload: Workload) -> str:
     """What is taken when nobody says: a file's own times, or all at once."""
-    if workload.requests[0].line is not None:
-        return TRACE_ARRIVALS
-    return CAPACITY_ARRIVALS if settings.find_capacity else "saturated"
+    return SATURATED if workload.requests[0].line is None else TRACE_ARRIVALS
 
 
 def _lengths(tokens: Sequence[int]) -> dict[str, float | None]:

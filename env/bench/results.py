@@ -148,11 +148,33 @@ def check_writable(path: Path) -> None:
     if path.exists() and not os.access(path, os.W_OK):
         raise ConfigError(f"cannot write {path}: permission denied")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        _try_folder(path.parent)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def check_folder(setting: str, folder: Path) -> None:
+    """Makes a folder of files to be written, and tries that they can be written there.
+
+    Args:
+        setting: The setting that names it, for the error.
+        folder: The folder.
+
+    Raises:
+        ConfigError: It is a file, or cannot be made or written.
+    """
+    try:
+        _try_folder(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}={str(folder)!r} is no folder to write in: {error.strerror}"
+        ) from None
+
+
+def _try_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

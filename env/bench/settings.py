@@ -52,7 +52,8 @@ class BenchSettings(Parameters):
         help="virtual only: the GPU and model, a profile's name or its .json file ('?' lists)",
     )
     policies: str = parameter(
-        "static,watermark:0.05,memory", help="comma-separated; the first is the reference"
+        "static,watermark:0.05,memory",
+        help="comma-separated, the first is the reference; listed by `batchpilot policies explain`",
     )
     shadow: str | None = parameter(
         None,

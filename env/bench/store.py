@@ -14,6 +14,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def keep(path: Path, content: str | bytes) -> None:
+    """Writes a file that only spares time later: what cannot be kept is warned of and not lost."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        _warn_once(path.parent, error.strerror or str(error))
+
+
+@cache
+def _warn_once(folder: Path, reason: str) -> None:
+    """Says it once a process: a full disk would have it said of every run."""
+    _LOG.warning("finished runs cannot be kept in %s: %s; no result is lost", folder, reason)
+
+
 class RunStore:
     """A folder of finished runs.
 
@@ -70,15 +86,10 @@ class RunStore:
             return None
 
     def save(self, name: str, measured: RunMeasurement) -> None:
-        """Keeps a finished run.
-
-        Raises:
-            OSError: The disk is full, or the folder cannot be written.
-        """
+        """Keeps a finished run, if it can."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **_to_arrays(measured))
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path(name), buffer.getvalue())
+        keep(self._path(name), buffer.getvalue())
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.npz"

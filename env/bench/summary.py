@@ -122,11 +122,13 @@ def headline(summaries: Sequence[PolicySummary]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number with as many digits as help: 6,390 or 87.4 or 0.93."""
+    """A number with as many digits as help: 6,390 or 87.4 or 0.0371."""
     if value is None:
         return MISSING
     if value == int(value) or abs(value) >= 99.95:
         return f"{value:,.0f}"
+    if abs(value) < 1:
+        return f"{value:#.3g}"
     return f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
 
 

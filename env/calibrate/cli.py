@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     except EngineStalledError as error:
         _complain(f"{error}; nothing was written")
         return EXIT_FAILED
+    status = _save(settings, profile, cells, console)
     _print_profile(profile, cells)
     if profile.fit_error.mean_relative > DOUBTFUL_ERROR:
         _complain("the fit is poor; if the machine did other work meanwhile, calibrate again")
@@ -94,14 +95,7 @@ def run(args: argparse.Namespace) -> int:
             f"{profile.kv_capacity_tokens:,} fit: larger batches are extrapolated, and the error "
             "above says nothing of them"
         )
-    try:
-        _write(settings, profile, cells)
-    except OSError as error:
-        _complain(f"cannot write the profile: {error.strerror or error}")
-        return EXIT_FAILED
-    written = ", ".join(str(path) for path in settings.output_files)
-    _say(console, f"wrote {written}")
-    return 0
+    return status
 
 
 @contextmanager
@@ -168,6 +162,20 @@ def _error_table(profile: GpuProfile, cells: Sequence[Cell]) -> Table:
             f"{error.p90_relative:.1%}",
         )
     return table
+
+
+def _save(
+    settings: CalibrateSettings, profile: GpuProfile, cells: Sequence[Cell], console: Console
+) -> int:
+    """Writes every file and says so; returns the exit status."""
+    try:
+        _write(settings, profile, cells)
+    except OSError as error:
+        _complain(f"cannot write the profile: {error.strerror or error}")
+        return EXIT_FAILED
+    written = ", ".join(str(path) for path in settings.output_files)
+    _say(console, f"wrote {written}")
+    return 0
 
 
 def _write(settings: CalibrateSettings, profile: GpuProfile, cells: Sequence[Cell]) -> None:

@@ -29,7 +29,7 @@ from rich.text import Text
 
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.bench.environment import read_environment, usable_cores
-from batchpilot.env.bench.results import check_writable, write_whole
+from batchpilot.env.bench.results import check_folder, check_writable, write_whole
 from batchpilot.env.bench.settings import option
 from batchpilot.env.cache import cache_folder
 from batchpilot.env.contest.capacity import compare_capacity
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(_parser().parse_args(argv))
     try:
         settings = ContestSettings(**args)
+        if settings.work_dir:
+            check_folder("work_dir", Path(settings.work_dir))
         for path in settings.output_files:
             check_writable(path)
         run(settings)

@@ -21,10 +21,9 @@ from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.bench.contestants import Contestant
 from batchpilot.env.bench.environment import vllm_version
 from batchpilot.env.bench.measure import Milliseconds, RunMeasurement, RunRecorder, Sample
-from batchpilot.env.bench.results import write_whole
 from batchpilot.env.bench.runner import BenchRun, TimedRequest, replay
 from batchpilot.env.bench.sources import imported, sources_digest
-from batchpilot.env.bench.store import digest
+from batchpilot.env.bench.store import digest, keep
 from batchpilot.env.contest.phases import PhaseOutcome, StepLatencies, phase_outcomes
 from batchpilot.env.contest.scenario import NOISE, Scenario
 from batchpilot.env.engine import EngineStep
@@ -165,14 +164,8 @@ class OutcomeStore:
         return outcome if _answers(outcome, trial) else None
 
     def save(self, trial: Trial, outcome: Outcome) -> None:
-        """Keeps an outcome.
-
-        Raises:
-            OSError: The disk is full, or the folder cannot be written.
-        """
-        path = self._path(trial)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(asdict(outcome), allow_nan=False))
+        """Keeps an outcome, if it can."""
+        keep(self._path(trial), json.dumps(asdict(outcome), allow_nan=False))
 
     def _path(self, trial: Trial) -> Path:
         name = trial.name()

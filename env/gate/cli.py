@@ -132,14 +132,16 @@ def promote_policy(registry: PolicyRegistry, args: argparse.Namespace, console: 
         check_writable(args.json)
     artefact = _candidate(registry, args.policy)
     verdict = _try(registry, artefact, settings, args)
-    print_verdict(verdict, console)
     if args.json is not None:
         write_whole(args.json, json.dumps(verdict_to_json(verdict), indent=1) + "\n")
     name, version = artefact.manifest.name, artefact.manifest.version
+    if verdict.passed:
+        registry.promote(name, version, args.group, note=verdict.summary)
+    # Last, since who reads the table may have gone.
+    print_verdict(verdict, console)
     if not verdict.passed:
         console.print(f"refused: {artefact.label} is not promoted", highlight=False)
         return EXIT_REFUSED
-    registry.promote(name, version, args.group, note=verdict.summary)
     console.print(f"promoted: {artefact.label} is in force for {args.group!r}", highlight=False)
     return 0
 

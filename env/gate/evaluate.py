@@ -17,8 +17,9 @@ from batchpilot.env.bench.contestants import Contestant
 from batchpilot.env.bench.environment import usable_cores
 from batchpilot.env.bench.measure import Sample
 from batchpilot.env.bench.plan import build_round, open_virtual_engine, prepare
-from batchpilot.env.bench.results import write_whole
+from batchpilot.env.bench.results import check_folder
 from batchpilot.env.bench.runner import BenchRun, replay
+from batchpilot.env.bench.store import keep
 from batchpilot.env.cache import cache_folder
 from batchpilot.env.gate.settings import GateSettings, HeldOutCell
 from batchpilot.env.process import worker_pool
@@ -117,10 +118,11 @@ def run_gate(
         work_dir: Where finished runs are kept; None takes the cache.
 
     Raises:
-        ConfigError: A policy or a cell that cannot be run.
+        ConfigError: A policy or a cell that cannot be run, or a folder that cannot be written.
     """
+    if work_dir is not None:
+        check_folder("work_dir", work_dir)
     folder = work_dir or cache_folder() / "gate"
-    folder.mkdir(parents=True, exist_ok=True)
     processes = min(workers or usable_cores(), len(tasks))
     if processes == 1:
         return [_told(_run_or_load(task, folder), finished) for task in tasks]
@@ -181,7 +183,7 @@ def _run_or_load(task: GateTask, folder: Path) -> GateRun:
         return replace(found, cell=task.cell.name, policy=task.contestant.label)
     except (OSError, ValueError, TypeError):
         run = run_task(task)
-    write_whole(path, json.dumps(asdict(run)))
+    keep(path, json.dumps(asdict(run)))
     return run
 
 

@@ -56,7 +56,7 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     table = _table("cell", *headings, "gain", "late", "late in\nforce")
     for cell in verdict.cells:
         table.add_row(
-            cell.cell,
+            Text(cell.cell),
             *[f"{cell.goodput[text]:.3f}" for text in columns],
             f"{100 * cell.gain:+.1f} %",
             f"{cell.violations[verdict.candidate]:.1%}",
@@ -75,7 +75,7 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     rules = _table("", "rule", "found")
     for check in verdict.checks:
         mark = Text("yes", style="green") if check.passed else Text("NO", style="bold red")
-        rules.add_row(mark, check.rule, check.found)
+        rules.add_row(mark, Text(check.rule), Text(check.found))
     console.print(rules)
 
 
