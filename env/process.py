@@ -9,8 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any
+
+#: Exit status of a worker whose parent has ended.
+ORPHANED = 1
 
 
 def prepare_process() -> None:
@@ -28,7 +32,7 @@ def prepare_process() -> None:
 def worker_pool(
     workers: int, prepare: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[ProcessPoolExecutor]:
-    """Fresh processes for work that takes minutes; none outlives the block.
+    """Fresh processes for work that takes minutes; none outlives the block, or this process.
 
     Ctrl-C reaches every process of a terminal, and the parent decides what it means. Where the
     block is left by an exception the processes end at once: what they still do, nobody waits for.
@@ -60,8 +64,17 @@ def worker_pool(
 def _start_worker(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     if prepare is not None:
         prepare(*arguments)
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as its parent has ended, be it by a signal that nobody handles."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(ORPHANED)
 
 
 @contextmanager
