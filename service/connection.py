@@ -20,6 +20,8 @@ from batchpilot.service.addresses import Address
 ANSWER_SECONDS = 10.0
 #: What is not encrypted goes to the service alone, whatever the environment says of proxies.
 _NO_PROXY = (("grpc.enable_http_proxy", 0),)
+#: How gRPC begins where no address lets it in, as a service with TLS lets nobody in without it.
+_NOT_CONNECTED = "failed to connect"
 
 
 class Connection(NamedTuple):
@@ -75,12 +77,12 @@ def connection(args: argparse.Namespace) -> Iterator[Connection]:
 
 def said(error: grpc.RpcError, args: argparse.Namespace) -> str:
     """A failed call in one line, with what may mend it."""
-    code, hint = error.code(), ""
-    if code is grpc.StatusCode.UNAVAILABLE and args.ca_file is None:
+    code, details, hint = error.code(), error.details() or "", ""
+    if details.startswith(_NOT_CONNECTED) and args.ca_file is None:
         hint = " (a service with TLS needs --ca-file)"
     if code is grpc.StatusCode.UNAUTHENTICATED:
         hint = " (see --token-file, and --cert-file)"
-    return f"{code.name}: {error.details()}{hint}"
+    return f"{code.name}: {details}{hint}"
 
 
 def _channel(args: argparse.Namespace) -> Any:

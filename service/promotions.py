@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import IO
 
 import grpc
 
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.agents.registry import DEFAULT_GROUP
 from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service.groups import LONGEST_HOLD_SECONDS, Groups, Promotion
 from batchpilot.service.policy_source import trial_targets
@@ -41,10 +43,15 @@ class Promotions:
         groups: Those changed.
         sessions: Engines may bear groups that no settings name.
         path: The state file; None forgets promotions when the service stops.
+
+    Raises:
+        ConfigError: No change could be kept in the state file.
     """
 
     def __init__(self, groups: Groups, sessions: SessionTable, path: Path | None) -> None:
         """Reads nothing yet."""
+        if path is not None:
+            _check_writable(path)
         self._groups = groups
         self._sessions = sessions
         self._path = path
@@ -61,23 +68,25 @@ class Promotions:
             ConfigError: It cannot be read; the promotions in force stay.
         """
         if self._path is not None:
-            if not self._path.parent.is_dir():
-                raise ConfigError(f"{self._path}: its folder is not there")
+            _check_folder(self._path)
             self._groups.set_promotions(self._current(self._read()))
 
     def check_group(self, group: str) -> str:
-        """The group, if it exists: settings, promotions or engines here name it.
+        """The group, if it exists: `default`, or settings, promotions or engines here name it.
 
         Raises:
             RefusalError: NOT_FOUND.
         """
-        known = {*self._groups.names, *self._engines()}
+        known = self._known()
         if group not in known:
-            listing = ", ".join(map(repr, sorted(known))) or "none"
+            listing = ", ".join(map(repr, known))
             raise RefusalError(
                 grpc.StatusCode.NOT_FOUND, "group", f"no group {group[:40]!r}; there are: {listing}"
             )
         return group
+
+    def _known(self) -> list[str]:
+        return sorted({DEFAULT_GROUP, *self._groups.names, *self._engines()})
 
     def _engines(self) -> Counter[str]:
         """The engines here, each rank counted, by group."""
@@ -109,10 +118,9 @@ class Promotions:
         return self._described(self.check_group(group), self._engines()[group])
 
     def describe_all(self) -> list[pb.GroupPolicy]:
-        """The same of every group that settings, promotions or engines here name, by name."""
+        """The same of every group that exists, by name."""
         engines = self._engines()
-        names = sorted({*self._groups.names, *engines})
-        return [self._described(name, engines[name]) for name in names]
+        return [self._described(name, engines[name]) for name in self._known()]
 
     def _described(self, group: str, engines: int) -> pb.GroupPolicy:
         promotion = self._groups.promotion(group)
@@ -295,6 +303,34 @@ def _rolled_back(group: str, now: Promotion, seen: Promotion) -> Promotion | Non
     return before
 
 
+def _check_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: its folder is not there")
+
+
+def _check_writable(path: Path) -> None:
+    """Tries what a change does beside the state file, and leaves nothing behind.
+
+    Raises:
+        ConfigError: It cannot be done.
+    """
+    _check_folder(path)
+    try:
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-"):
+            pass
+        lock = _lock_path(path)
+        if lock.exists():
+            lock.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: it or its lock file cannot be written ({error.strerror})"
+        ) from None
+
+
+def _lock_path(path: Path) -> Path:
+    return path.parent / f".{path.name}.lock"
+
+
 @contextmanager
 def _locked(path: Path | None) -> Iterator[None]:
     """Holds the state file against other replicas.
@@ -305,7 +341,7 @@ def _locked(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    with path.with_name(f".{path.name}.lock").open("a") as file:
+    with _lock_path(path).open("a") as file:
         _lock(file)
         yield
 

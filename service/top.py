@@ -3,7 +3,8 @@
 Shows every engine that has a session with a tuning service, from its WatchEngine stream: sequences
 running and waiting, KV cache, inter-token latency against its target, the limits in force and which
 one binds, who decided them, and how much longer the lease runs. It reconnects by itself. Keys: q
-quits, s changes the order. Into a file or a pipe it prints the rows once an interval.
+quits, s changes the order. Into a file, a pipe or a dumb terminal it prints the rows once an
+interval.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.json:
             return _stream_json(watcher)
-        return _live(watcher, args) if sys.stdout.isatty() else _stream_rows(watcher, args)
+        return _live(watcher, args) if _has_screen() else _stream_rows(watcher, args)
     finally:
         watcher.close()
 
@@ -191,9 +192,15 @@ def _stream_rows(watcher: Watcher, args: argparse.Namespace) -> int:
         time.sleep(args.interval)
 
 
+def _has_screen() -> bool:
+    """Whether the output is a terminal that can be drawn on."""
+    return sys.stdout.isatty() and not Console().is_dumb_terminal
+
+
 def _print_rows(board: Board, args: argparse.Namespace) -> None:
-    # A pipe has no width of its own; cutting names off there would help nobody.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    # A pipe has no width of its own; cutting names off there would help nobody. Rich heeds a width
+    # on a dumb terminal only with a height.
+    console = Console() if _has_screen() else Console(width=200, height=50)
     console.print(view(board.rows(), target=args.target, state=board.state))
 
 

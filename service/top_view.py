@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from rich.console import Group
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +15,17 @@ from batchpilot.service.wire import BINDINGS, EngineKey, engine_key
 
 STALE_SECONDS = 3.0
 KV_HIGH = 0.9
+COLUMNS = (
+    *("ENGINE", "RUN", "WAIT", "KV", "ITL/TARGET ms", "TOK/S", "SEQS", "TOKENS", "BINDS"),
+    *("SOURCE", "POLICY", "LEASE", "AGE"),
+)
+LEFT = ("ENGINE", "BINDS", "SOURCE", "POLICY")
+#: Columns of names that are cut off where the screen is narrow, and how much of them is kept.
+SHRINKING = ("ENGINE", "POLICY")
+SHORTEST_NAME = 16
+#: Cells between two columns.
+GAP = 2
+BINDS = {"none": "-", "max_num_seqs": "seqs", "token_budget": "tokens"}
 
 
 class Row(NamedTuple):
@@ -154,55 +164,83 @@ def view(rows: Iterable[Row], *, target: str, state: str, order: str = "name") -
         f"  {len(rows)} engines, {running} running, {waiting} waiting, {speed:,.0f} tok/s",
     )
     foot = Text(f"q quit   s sort (by {order})   * canary   lease: seconds left", style="dim")
-    return Group(head, _table(rows), *_problems(rows), foot)
+    return Group(head, _Table(rows), *_problems(rows), foot)
 
 
-def _table(rows: Iterable[Row]) -> Table:
-    table = Table(box=None, pad_edge=False, expand=False, header_style="bold")
-    left = ("ENGINE", "BINDS", "SOURCE", "POLICY")
-    for name in (
-        "ENGINE",
-        "RUN",
-        "WAIT",
-        "KV",
-        "ITL/TARGET ms",
-        "TOK/S",
-        "SEQS",
-        "TOKENS",
-        "BINDS",
-        "SOURCE",
-        "POLICY",
-        "LEASE",
-        "AGE",
-    ):
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*_cells(row), style="dim" if row.report_seconds > STALE_SECONDS else "")
-    return table
+class _Table:
+    """The engines as a table that is no wider than the screen; a number is whole or not there.
+
+    Args:
+        rows: The engines.
+    """
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        """Takes them in their order."""
+        self._rows = list(rows)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        del console
+        table = Table(box=None, pad_edge=False, expand=False, header_style="bold")
+        cells = [_cells(row) for row in self._rows]
+        wanted = {
+            name: max(len(name), *(cell.cell_len for cell in column), 0)
+            for name, *column in zip(COLUMNS, *cells, strict=True)
+        }
+        widths = column_widths(wanted, options.max_width)
+        for name, width in widths.items():
+            table.add_column(
+                name, justify="left" if name in LEFT else "right", no_wrap=True, width=width
+            )
+        for row, line in zip(self._rows, cells, strict=True):
+            style = "dim" if row.report_seconds > STALE_SECONDS else ""
+            table.add_row(*line[: len(widths)], style=style)
+        yield table
 
 
-def _cells(row: Row) -> tuple[Text | str, ...]:
+def column_widths(wanted: Mapping[str, int], space: int) -> dict[str, int]:
+    """Widths of the columns that are shown.
+
+    Names are shortened as far as may be, the first the least; then columns go, from the right.
+
+    Args:
+        wanted: Width of each column's content, in cells, from left to right.
+        space: Width of all columns with the gaps between them.
+    """
+    least = {
+        name: min(width, SHORTEST_NAME) if name in SHRINKING else width
+        for name, width in wanted.items()
+    }
+    names = list(wanted)
+    while len(names) > 1 and sum(least[name] + GAP for name in names) > space:
+        names.pop()
+    spare = max(0, space - sum(least[name] + GAP for name in names))
+    widths = {}
+    for name in names:
+        widths[name] = min(wanted[name], least[name] + spare)
+        spare -= widths[name] - least[name]
+    return widths
+
+
+def _cells(row: Row) -> tuple[Text, ...]:
     return (
-        escape(row.engine) + (" *" if row.canary else ""),
-        str(row.running),
-        str(row.waiting),
+        Text(row.engine + (" *" if row.canary else "")),
+        Text(str(row.running)),
+        Text(str(row.waiting)),
         Text(
             f"{100 * row.kv_cache_usage:.0f} %",
             style="red" if row.kv_cache_usage > KV_HIGH else "",
         ),
         _latency(row),
-        f"{row.tokens_per_second:,.0f}",
+        Text(f"{row.tokens_per_second:,.0f}"),
         Text(str(row.max_num_seqs), style="bold" if row.binding == "max_num_seqs" else ""),
         Text(
             str(row.max_num_batched_tokens), style="bold" if row.binding == "token_budget" else ""
         ),
-        {"none": "-", "max_num_seqs": "seqs", "token_budget": "tokens"}.get(
-            row.binding, row.binding
-        ),
+        Text(BINDS.get(row.binding, row.binding)),
         Text(row.source, style="green" if row.source == "remote" else "yellow"),
-        escape(row.policy) or "-",
-        "-" if row.lease_seconds is None else f"{row.lease_seconds:.1f}",
-        f"{row.report_seconds:.1f}",
+        Text(row.policy or "-"),
+        Text("-" if row.lease_seconds is None else f"{row.lease_seconds:.1f}"),
+        Text(f"{row.report_seconds:.1f}"),
     )
 
 

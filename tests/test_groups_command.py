@@ -54,6 +54,14 @@ def test_a_promotion_is_made_shown_and_taken_back(groups):
     assert "has had no other policy" in groups("rollback", "chat", status=1)
 
 
+def test_the_group_that_engines_join_unasked_is_known_before_any_has_come(groups):
+    assert groups("show", "default") == [group("default")]
+    promoted = group("default", "static", history=["memory"])
+    assert groups("promote", "default", "static") == [promoted]
+    assert groups("show", "group-of-nobody", status=1).endswith("'batch', 'chat', 'default'\n")
+    assert groups("rollback", "default") == [group("default")]
+
+
 def test_a_share_tries_it_first(groups):
     (chat,) = groups("promote", "chat", "static", "--canary-share", "0.25")
     assert chat == group(canary_policy="static", canary_share=0.25)
@@ -70,7 +78,7 @@ def test_a_hold_ends_by_itself_or_is_ended(groups):
 
 
 def test_without_a_group_all_are_shown_those_that_only_an_engine_names_too(groups, service):
-    named = [group("batch", "static"), group("chat")]
+    named = [group("batch", "static"), group("chat"), group("default")]
     assert groups("show") == named
     outbox = queue.SimpleQueue()
     outbox.put(hello(3))
@@ -93,11 +101,12 @@ def test_for_the_eye_there_is_a_table_and_a_pipe_gets_a_line_for_each_group(serv
     target = ["--target", service.target]
     assert main(["groups", "hold", "batch", "static:max_num_seqs=64", *target]) == 0
     assert main(["groups", "show", *target]) == 0
-    heading, batch, chat = capsys.readouterr().out.splitlines()[-3:]
+    heading, batch, chat, default = capsys.readouterr().out.splitlines()[-4:]
     assert heading.split()[:3] == ["GROUP", "ENGINES", "POLICY"]
     assert batch.split()[:3] == ["batch", "0", "static"]
     assert "held at static:max_num_seqs=64 for 600 s more" in batch
     assert chat.split() == ["chat", "0", "memory"]
+    assert default.split() == ["default", "0", "memory"]
     assert main(["groups", "release", "batch", *target]) == 0
 
 
@@ -117,9 +126,10 @@ def test_a_narrow_terminal_cuts_no_name_off():
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["show", "nobody"], 1, "NOT_FOUND: no group 'nobody'; there are: 'batch', 'chat'"),
+        (["show", "nobody"], 1, "NOT_FOUND: no group 'nobody'; there are: 'batch', 'chat', "),
         (["policies", "nobody"], 1, "NOT_FOUND: no group 'nobody'"),
         (["promote", "chat", "clever"], 1, "NOT_FOUND: no policy 'clever'; there are: static, "),
+        (["promote", "chat", "watermark:0.05"], 1, "NOT_FOUND: no policy 'watermark'; there are: "),
         (["promote", "chat", "static", "--canary-share", "1"], 2, "--canary-share=1.0 must be"),
         (["promote", "chat", "static", "--canary-share", "nan"], 2, "--canary-share=nan must be"),
         (["hold", "chat", "static", "--seconds", "0"], 2, "--seconds=0 must be above 0"),

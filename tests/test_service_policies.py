@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import json
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -430,6 +431,31 @@ def test_a_state_file_whose_folder_is_not_there_is_said_at_the_start(tmp_path):
                 pass
 
     run(test)
+
+
+def test_a_state_file_that_cannot_be_written_is_said_at_the_start(tmp_path):
+    (tmp_path / ".locked.json.lock").mkdir()
+
+    async def test():
+        for path, reason in (
+            (tmp_path / "locked.json", "Is a directory"),
+            ("/proc/state.json", "No such file or directory"),
+        ):
+            problem = re.escape(f"{path}: it or its lock file cannot be written ({reason})")
+            with pytest.raises(ConfigError, match=problem):
+                async with serving(groups=CHAT, storage={"state": str(path)}):
+                    pass
+
+    run(test)
+
+
+@pytest.mark.parametrize("has_lock", [True, False])
+def test_trying_whether_the_state_file_can_be_written_leaves_nothing_behind(tmp_path, has_lock):
+    if has_lock:
+        (tmp_path / ".state.json.lock").touch()
+    before = list(tmp_path.iterdir())
+    replica(tmp_path / "state.json")
+    assert list(tmp_path.iterdir()) == before
 
 
 def test_a_policy_is_refused_that_an_engine_of_the_group_has_no_target_for():

@@ -18,7 +18,7 @@ from batchpilot.protos.batchpilot.v1 import tuner_pb2 as pb
 from batchpilot.service import top
 from batchpilot.service.load_engine import LoadEngine, hello
 from batchpilot.service.process_meter import ServiceProcess
-from batchpilot.service.top_view import ORDERS, Board, view
+from batchpilot.service.top_view import COLUMNS, ORDERS, Board, column_widths, view
 
 
 def status(name="a", *, waiting=4, age_ms=250, **more):
@@ -56,8 +56,8 @@ def board(*statuses):
     return shown, clock
 
 
-def text(rows, **more):
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+def text(rows, width=160, **more):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(view(rows, target="localhost:1", state="connected", **more))
     return console.export_text()
 
@@ -125,6 +125,59 @@ def test_markup_in_a_name_is_shown_not_obeyed():
     assert "chat/[red]x/0" in text(shown.rows())
 
 
+LONG = "vm-with-a-long-name:17086:f26836"
+WHOLE = {
+    "RUN": "10",
+    "WAIT": "1200",
+    "KV": "95 %",
+    "ITL/TARGET ms": "30.0/25",
+    "TOK/S": "1,000",
+    "SEQS": "10",
+    "TOKENS": "2048",
+    "BINDS": "seqs",
+    "SOURCE": "remote",
+    "POLICY": "memory-clt:memory_overflow_probability=0.001",
+    "LEASE": "1.8",
+    "AGE": "0.2",
+}
+
+
+@pytest.mark.parametrize(
+    ("width", "last"),
+    [(30, "WAIT"), (60, "TOK/S"), (80, "BINDS"), (100, "SOURCE"), (120, "AGE"), (200, "AGE")],
+)
+def test_a_narrow_screen_shortens_names_and_drops_columns_but_cuts_no_number_off(width, last):
+    lease = pb.LimitsLease(lease_ms=2000, policy=WHOLE["POLICY"])
+    long = status(id=pb.EngineId(group="default", engine=LONG), waiting=1200, lease=lease)
+    shown, _ = board(long, status())
+    screen = text(shown.rows(), width=width).splitlines()
+    assert max(map(len, screen)) <= width
+    names = COLUMNS[: COLUMNS.index(last) + 1]
+    (at,) = (i for i, line in enumerate(screen) if line.startswith("ENGINE"))
+    assert screen[at].split() == " ".join(names).split()
+    engine, *cells = screen[at + 2].replace(" %", "_%").split()
+    assert f"default/{LONG}/0".startswith(engine.removesuffix("…"))
+    for name, cell in zip(names[1:], cells, strict=True):
+        whole = WHOLE[name].replace(" ", "_")
+        assert cell == whole or (name == "POLICY" and whole.startswith(cell.removesuffix("…")))
+
+
+@pytest.mark.parametrize(
+    ("space", "widths"),
+    [
+        (57, {"ENGINE": 30, "RUN": 3, "POLICY": 18}),
+        (56, {"ENGINE": 30, "RUN": 3, "POLICY": 17}),
+        (54, {"ENGINE": 29, "RUN": 3, "POLICY": 16}),
+        (41, {"ENGINE": 16, "RUN": 3, "POLICY": 16}),
+        (40, {"ENGINE": 30, "RUN": 3}),
+        (22, {"ENGINE": 20}),
+        (3, {"ENGINE": 16}),
+    ],
+)
+def test_names_are_shortened_before_columns_go(space, widths):
+    assert column_widths({"ENGINE": 30, "RUN": 3, "POLICY": 18}, space) == widths
+
+
 @pytest.fixture(scope="module")
 def service():
     with ServiceProcess("memory") as service:
@@ -187,6 +240,28 @@ def test_into_a_pipe_it_prints_the_rows_once_an_interval(service, engine):
         watchdog.cancel()
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_dumb_terminal_is_as_a_pipe(service, engine, once):
+    hand, screen = pty.openpty()
+    command = [sys.executable, "-m", "batchpilot", "top", "--target", service.target]
+    command += ["--once"] if once else ["--interval", "0.1"]
+    process = subprocess.Popen(
+        command, stdin=screen, stdout=screen, env={**os.environ, "TERM": "dumb"}
+    )
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    os.close(screen)
+    try:
+        with os.fdopen(hand, encoding="utf-8") as printed:
+            lines = (line.split() for line in printed if line.startswith("group-3/engine-3/0"))
+            for _ in range(1 if once else 3):
+                assert len(next(lines)) == len(COLUMNS) + 1  # the space in KV's 9 %
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
