@@ -181,12 +181,15 @@ class PolicySpec:
         """Reads `name`, `name:key=value:key=value`, or `learned:PATH:key=value`.
 
         Raises:
-            ConfigError: The text has another form. Names and keys are checked by `build`.
+            ConfigError: The text has another form. Names and keys are checked by `build`: what
+                follows an unknown name is not read, as its form is not known either.
         """
         name, *pairs = text.strip().split(":")
-        parameters = {}
         kind = POLICIES.get(name)
-        if kind and kind.positional and pairs and _is_positional(pairs[0], kind):
+        if kind is None:
+            return cls(name)
+        parameters = {}
+        if kind.positional and pairs and _is_positional(pairs[0], kind):
             parameters[kind.positional] = pairs.pop(0)
         for pair in pairs:
             key, equals, value = pair.partition("=")

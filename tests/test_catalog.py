@@ -33,6 +33,8 @@ def test_shared_targets_go_only_to_policies_that_take_them_and_a_spec_wins_over_
     ("text", "message"),
     [
         ("statik", "unknown policy 'statik'; known: static, memory"),
+        ("watermark:0.05", "unknown policy 'watermark'; known: static, memory"),
+        ("statik:a=1:a=2", "unknown policy 'statik'; known: static, memory"),
         ("", "unknown policy ''; known: static"),
         ("static:64", "'64' is not key=value"),
         ("static:max_num_seqs=", "'max_num_seqs=' is not key=value"),

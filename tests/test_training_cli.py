@@ -136,6 +136,30 @@ def test_what_it_refuses_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("/dev/null", "Not a directory"),
+        ("/proc/run", "No such file or directory"),
+        ("{tmp}/file", "Not a directory"),
+        ("{tmp}/used", "Is a directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_in_a_line(
+    tmp_path: Path,
+    config_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    out: str,
+    reason: str,
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "used" / "environment.json").mkdir(parents=True)
+    out = out.format(tmp=tmp_path)
+    assert train("--config", config_file, "--timesteps", 10, "--out", out) == 2
+    error = f"--out={out} cannot be written ({reason}); choose another"
+    assert error in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_run_is_not_overwritten_nor_changed_when_it_goes_on(
     tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -55,8 +55,16 @@ class RunFolder:
         """Makes it, and writes down what is known before the first step.
 
         Raises:
-            ConfigError: It is there already and holds a run.
+            ConfigError: It is there already and holds a run, or cannot be written.
         """
+        try:
+            self._create(config)
+        except OSError as error:
+            raise ConfigError(
+                f"--out={self.path} cannot be written ({error.strerror}); choose another"
+            ) from None
+
+    def _create(self, config: RunConfig) -> None:
         if (self.path / "config.yaml").exists():
             raise ConfigError(f"{self.path} holds a run; go on with it (--resume {self.path}), or "
                               "choose another --out")  # fmt: skip
