@@ -87,7 +87,7 @@ def _phase(item: Any, where: str) -> str:
     if len(kinds) != 1:
         raise ConfigError(f"{where}={item!r} must name one kind, and may have {AT}")
     parameters = item[kinds[0]]
-    start = f"@{item[AT]}" if AT in item else ""
+    start = f"@{_scalar(item[AT], f'{where}.{AT}')}" if AT in item else ""
     return ":".join([str(kinds[0]), *_pairs(parameters, f"{where}.{kinds[0]}")]) + start
 
 
@@ -95,7 +95,14 @@ def _pairs(parameters: Any, where: str) -> list[str]:
     if parameters is None:
         return []
     if isinstance(parameters, Mapping):
-        return [f"{key}={value}" for key, value in parameters.items() if value is not None]
+        given = {key: value for key, value in parameters.items() if value is not None}
+        return [f"{key}={_scalar(value, f'{where}.{key}')}" for key, value in given.items()]
     if isinstance(parameters, int | float | str):
         return [str(parameters)]
     raise ConfigError(f"{where}={parameters!r} is not `key: value` pairs")
+
+
+def _scalar(value: Any, where: str) -> int | float | str:
+    if not isinstance(value, int | float | str):
+        raise ConfigError(f"{where}={value!r} is neither a number nor a text")
+    return value

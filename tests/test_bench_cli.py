@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.bench import cli
 from batchpilot.env.bench.plan import prepare
 from batchpilot.env.bench.settings import BenchSettings
+from batchpilot.env.profiles import load_profile, profile_to_text
+from batchpilot.env.workloads import WorkloadSpec, read_spec
 
 BASE = ["bench", "--engine", "live", "--model", "tiny", "--workload"]
 SMALL = [*BASE, "fixed:prompt_tokens=2:output_tokens=5", "--num-requests", "4", "--rounds", "2"]
@@ -140,6 +143,12 @@ def test_a_workload_file_s_own_arrivals_and_rate_are_reported(engine, folder):
     assert (workload["arrivals"], workload["rate_scale"]) == ("poisson:50", 6.0)
 
 
+def test_a_workload_file_s_own_rate_scale_needs_a_rate_too(no_engine, capsys):
+    Path("w.yaml").write_text("workload: chat\nrate_scale: 2\n")
+    assert main([*BASE, "w.yaml", "--policies", "static"]) == 2
+    assert "rate_scale=2 multiplies a rate" in capsys.readouterr().err
+
+
 def test_a_capacity_is_searched_only_where_a_rate_can_be_scaled(no_engine, capsys):
     words = ["--find-capacity", "--ttft-slo-ms", "500", "--policies", "static"]
     Path("w.yaml").write_text("workload: chat\narrivals: saturated\n")
@@ -171,6 +180,8 @@ HEADER = "arrival_s,input_tokens,output_tokens\n"
         (["--itl-slo-ms=-5"], "itl_slo_ms=-5.0 must be greater than 0"),
         (["--ttft-slo-ms", "nan"], "ttft_slo_ms='nan' is not a finite number"),
         (["--rate-scale", "0"], "rate_scale=0.0 must be greater than 0"),
+        (["--rate-scale", "2"], "rate_scale=2 multiplies a rate, and arrivals='saturated' of"),
+        (["--rate-scale", "2", "--arrivals", "saturated"], "rate_scale=2 multiplies a rate"),
         (["--num-requests", "0"], "num_requests=0 must be at least 1"),
         (["--num-requests", "2.5"], "num_requests='2.5' is not a whole number"),
         (["--rounds", "0"], "rounds=0 must be at least 1"),
@@ -192,6 +203,8 @@ HEADER = "arrival_s,input_tokens,output_tokens\n"
         ),
         (["--json", "."], "cannot write .: it is a folder"),
         (["--html", "/proc/no/report.html"], "cannot write /proc/no/report.html"),
+        (["--json", "-"], "json='-' would be a file of that name"),
+        (["--html", "-"], "html='-' would be a file of that name"),
         (["--json", "a", "--html", "./a"], "a is named twice"),
         (["--plot", "plot.jpg"], "plot='plot.jpg' must end in .svg or .png"),
     ],
@@ -232,6 +245,35 @@ def test_the_workload_is_never_overwritten(no_engine, capsys):
     assert Path("trace.csv").read_text() == HEADER + "0,4,5\n"
 
 
+@pytest.mark.parametrize(
+    ("workload", "output"),
+    [
+        ("w.yaml", ["--json", "trace.csv"]),
+        ("w.yaml", ["--html", "./w.yaml"]),
+        ("trace:trace.csv:start_s=0", ["--json", "trace.csv"]),
+        ("trace:trace.csv:start_s=0", ["--json", "link.csv"]),
+        ("chat,empirical:trace.csv@60", ["--html", "../work/trace.csv"]),
+    ],
+)
+def test_no_file_that_a_workload_is_read_from_is_overwritten(workload, output, no_engine, capsys):
+    Path("trace.csv").write_text(HEADER + "0,4,5\n")
+    Path("w.yaml").write_text("workload: trace.csv\n")
+    Path("link.csv").symlink_to("trace.csv")
+    assert main([*BASE, workload, "--policies", "static", *output]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is read by this bench" in line or "is named twice" in line
+    assert Path("trace.csv").read_text() == HEADER + "0,4,5\n"
+
+
+def test_a_profile_is_not_overwritten(folder, capsys):
+    profile = profile_to_text(load_profile("llama-3.1-8b-h100"))
+    Path("prof.json").write_text(profile)
+    words = ["bench", "--engine", "virtual", "--profile", "prof.json", "--num-requests", "4"]
+    assert main([*words, "--json", str(folder / "prof.json")]) == 2
+    assert "prof.json is read by this bench" in capsys.readouterr().err
+    assert Path("prof.json").read_text() == profile
+
+
 def test_an_unknown_option_or_engine_is_bad_input(capsys):
     for words in (["bench", "--speed", "9"], ["bench", "--engine", "steam"]):
         with pytest.raises(SystemExit) as stopped:
@@ -246,6 +288,23 @@ def test_help_teaches(capsys):
     text = capsys.readouterr().out
     for name in (*POLICIES, "watermark:SHARE", "examples:", "- TTFT:", "(default: 2048)"):
         assert name in text
+
+
+def test_help_says_which_files_a_workload_may_be_and_where_runs_are_kept(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--workload NAME|CSV|YAML" in text
+    assert "(default: bench in $BATCHPILOT_CACHE, or in ~/.cache/batchpilot" in text
+
+
+def test_the_workload_file_that_help_shows_can_be_read():
+    _, _, content = cli.WORKLOAD_FILE.partition("\n")
+    Path("workload.yaml").write_text(textwrap.dedent(content))
+    assert len(content.splitlines()) == 6
+    spec = read_spec(WorkloadSpec("workload.yaml"))
+    assert spec.workload == "chat:output_max=400,lognormal:prompt_mean=1000:output_mean=50@60"
+    assert len(spec.build().requests) == 500
 
 
 def test_the_command_line_gives_the_same_settings_again():

@@ -4,12 +4,14 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from rich.console import Console
 from test_bench_results import bench
 
+from batchpilot.agents.limits import BatchLimits
 from batchpilot.env.bench.figures import (
     PAPER,
     bars_figure,
@@ -163,6 +165,42 @@ def test_a_figure_is_the_same_every_time():
 def test_an_inlined_figure_is_its_element_alone():
     svg = "<?xml?><!DOCTYPE x><svg a='#010101'><metadata>http://x</metadata><g/></svg>"
     assert inline_svg(svg) == "<svg a='var(--ink)'><g/></svg>"
+
+
+@pytest.mark.parametrize(
+    ("limits", "shadows", "notes"),
+    [
+        ((3, 3), (None, None), []),
+        ((64, 64), (None, None), ["limit 64, above the scale"]),
+        ((3, 3), (48, 64), ["the shadow's limit 48-64, above the scale"]),
+        ((3, 3), (4, 64), []),
+        (
+            (64, 64),
+            (None, 48),
+            ["limit 64, above the scale", "the shadow's limit 48, above the scale"],
+        ),
+    ],
+)
+def test_a_limit_above_the_scale_is_told(limits, shadows, notes):
+    found = bench("static:max_num_seqs=4", rounds=1)
+    (run,) = found.runs
+    steps = [
+        replaced(run.measurement.timeline[0], limit, shadow)
+        for limit, shadow in zip(limits, shadows, strict=True)
+    ]
+    drawn = replace(run, measurement=replace(run.measurement, timeline=tuple(steps)))
+    figure = timeline_figure(replace(found, runs=(drawn,)), PAPER)
+    figure.draw_without_rendering()
+    texts = [text for text in figure.axes[0].texts if "above the scale" in text.get_text()]
+    assert [text.get_text() for text in texts] == notes
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+
+
+def replaced(sample, limit, shadow):
+    """The sample under other limits."""
+    beside = BatchLimits(shadow, 64) if shadow else None
+    return sample._replace(limits=BatchLimits(limit, 64), shadow=beside)
 
 
 def test_a_tail_by_hand():

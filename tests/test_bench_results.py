@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bench_engine import QueueEngine
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from batchpilot.agents.limits import BatchLimits
 from batchpilot.agents.parameters import ConfigError
+from batchpilot.env.bench.capacity import Capacity
 from batchpilot.env.bench.contestants import parse_contestants
 from batchpilot.env.bench.environment import cpu_model, read_environment
 from batchpilot.env.bench.measure import Sample, Slo
@@ -142,14 +145,19 @@ def test_a_summary_by_hand():
     assert first.latencies["ITL"]["p99"].median == pytest.approx(10.0)
 
 
+ALIKE = " One run each: nothing differs between the rounds, so there is no spread to judge that by."
+
+
 def test_the_headline_claims_only_what_was_seen():
-    assert headline(summarise(bench())) == (
+    assert headline(summarise(differing(bench()))) == (
         "static:max_num_seqs=4: 400 tokens/s with 0 preemptions, against "
         "200 tokens/s with 0 preemptions for static:max_num_seqs=2."
     )
-    reversed_order = bench("static:max_num_seqs=4,static:max_num_seqs=2")
-    assert headline(summarise(reversed_order)).startswith("No policy gave more than static:max")
-    assert headline(summarise(bench(slo=Slo(ttft_slo_ms=150.0)))) == (
+    reversed_order = differing(bench("static:max_num_seqs=4,static:max_num_seqs=2"))
+    assert headline(summarise(reversed_order)) == (
+        "No policy gave more than static:max_num_seqs=4: 400 tokens/s with 0 preemptions."
+    )
+    assert headline(summarise(differing(bench(slo=Slo(ttft_slo_ms=150.0))))) == (
         "static:max_num_seqs=4: 40.0 requests/s inside the targets (100.0% of all), against "
         "10.0 requests/s inside the targets (50.0% of all) for static:max_num_seqs=2."
     )
@@ -157,6 +165,56 @@ def test_the_headline_claims_only_what_was_seen():
     assert once.endswith("One round has no spread to judge that by.")
     alone = bench("static:max_num_seqs=2", refuse=[f"r{i}" for i in range(8)])
     assert headline(summarise(alone)).startswith("static:max_num_seqs=2: 0 tokens/s")
+
+
+def differing(results):
+    """The same with a latency that is another in each round."""
+    runs = [
+        replace(run, measurement=replace(run.measurement, ttft_ms=np.array([float(run.round)])))
+        for run in results.runs
+    ]
+    return replace(results, runs=tuple(runs))
+
+
+def test_rounds_that_came_out_alike_are_one_run():
+    assert headline(summarise(bench())) == (
+        "static:max_num_seqs=4: 400 tokens/s with 0 preemptions, against "
+        f"200 tokens/s with 0 preemptions for static:max_num_seqs=2.{ALIKE}"
+    )
+    reversed_order = bench("static:max_num_seqs=4,static:max_num_seqs=2")
+    assert headline(summarise(reversed_order)).endswith(ALIKE)
+
+
+def capacity(policy, rate, is_bounded=True):
+    return Capacity(policy, rate, 0.99, 60.0, (), is_bounded)
+
+
+@pytest.mark.parametrize(
+    ("capacities", "text"),
+    [
+        ([capacity("a", 7.3)], "a keeps the targets up to 7.30 requests/s."),
+        (
+            [capacity("a", 7.3), capacity("b", 20.9)],
+            "b keeps the targets up to 20.9 requests/s, against 7.30 requests/s for a.",
+        ),
+        (
+            [capacity("a", 7.3), capacity("b", 20.9, is_bounded=False)],
+            "b keeps the targets up to 20.9 requests/s or more, against 7.30 requests/s for a.",
+        ),
+        (
+            [capacity("a", 20.9), capacity("b", 7.3)],
+            "No policy keeps the targets at a higher rate than a: up to 20.9 requests/s.",
+        ),
+        (
+            [capacity("a", 10.0), capacity("b", 10.1)],
+            "b keeps the targets up to 10.1 requests/s, against 10 requests/s for a. "
+            "The search tells no closer than 2%: read no winner from it.",
+        ),
+        ([capacity("a", 0.0), capacity("b", 0.0)], "No policy kept the targets at any rate tried."),
+    ],
+)
+def test_where_capacities_were_searched_for_the_headline_compares_them(capacities, text):
+    assert headline(summarise(bench(slo=Slo(itl_slo_ms=15.0))), capacities) == text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +100,21 @@ def test_capacity_is_searched_and_reported(folder, capsys):
     printed = capsys.readouterr()
     assert "Capacity: the highest rate" in printed.out
     assert "inside the targets at" in printed.err
-    assert "<h2>Capacity</h2>" in Path("report.html").read_text()
+    page = Path("report.html").read_text()
+    assert "<h2>Capacity</h2>" in page
+    claim = "static keeps the targets up to "
+    assert claim in page
+    assert claim in printed.out
+
+
+def test_rounds_of_a_trace_on_an_engine_without_noise_are_one_run(folder, capsys):
+    Path("t.csv").write_text("arrival_s,input_tokens,output_tokens\n0,64,8\n0.5,64,30\n")
+    words = ["--workload", "t.csv", "--noise", "0", "--policies", "static,static:max_num_seqs=1"]
+    assert main([*VIRTUAL, *words]) == 0
+    alike = "nothing differs between the rounds"
+    assert alike in " ".join(capsys.readouterr().out.split())
+    assert main([*VIRTUAL, *words, "--noise", "0.1"]) == 0
+    assert alike not in " ".join(capsys.readouterr().out.split())
 
 
 def test_finished_runs_are_taken_up_again(folder, monkeypatch):
@@ -168,6 +184,38 @@ def test_an_interrupt_says_which_command_goes_on(words, again, folder, capsys, m
     assert f"finished runs are kept, {again} from there" in capsys.readouterr().err
 
 
+KILLED = """
+import os, signal
+from batchpilot.__main__ import main
+from batchpilot.env.bench import cells
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+cells.run_cell = killed
+if __name__ == "__main__":
+    raise SystemExit(main({words!r}))
+"""
+
+
+@pytest.mark.parametrize("searched", [[], ["--find-capacity", "--itl-slo-ms", "30"]])
+def test_a_worker_that_is_killed_is_one_line(searched, folder):
+    words = [*SMALL, "--workers", "2", "--policies", "static", "--num-requests", "4", *searched]
+    # A worker imports the script again, and so gets the same stand-in.
+    Path("killed.py").write_text(KILLED.format(words=words))
+    bench = subprocess.run(
+        [sys.executable, "killed.py"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert bench.returncode == 1
+    assert "Traceback" not in bench.stderr
+    assert bench.stderr.splitlines()[-1] == (
+        "batchpilot bench: a worker process was killed, perhaps for want of memory (try fewer "
+        "--workers); nothing was written; finished runs are kept, the same command goes on from "
+        "there"
+    )
+    assert not Path("results.json").exists()
+
+
 def test_an_engine_that_stalls_in_this_process_ends_the_bench_at_once(folder, capsys, monkeypatch):
     ran = []
 
@@ -219,7 +267,6 @@ def test_a_shadow_that_was_trained_again_is_run_again(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine": "virtual"}, "needs a profile: .*llama-3.1-8b-h100"),
         ({"profile": "llama-3.1-8b-h100"}, "is a setting of engine 'virtual'"),
         ({"engine": "virtual", "profile": "p", "model": "tiny"}, "is a setting of engine 'live'"),
         ({"engine": "virtual", "profile": "p", "block_size": 16}, "block_size=16"),
@@ -232,6 +279,28 @@ def test_a_shadow_that_was_trained_again_is_run_again(tmp_path):
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises(ConfigError, match=message):
         BenchSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "engine 'virtual' needs a profile: "),
+        (["--workload", "?"], "unknown workload '?'; known: chat, "),
+        (["--profile", "?", "--workload", "?"], "unknown workload '?'; known: chat, "),
+        (["--profile", "?"], "no profile '?'; known: "),
+    ],
+)
+def test_a_profile_is_asked_for_when_the_workload_is_known(words, message, folder, capsys):
+    assert main([*VIRTUAL[:3], *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not os.listdir(folder)
+
+
+def test_a_search_may_start_at_a_rate_scale_where_nobody_says_when_requests_arrive():
+    search_ = {"find_capacity": True, "itl_slo_ms": 50.0, "rate_scale": 2.0}
+    plan = prepare(BenchSettings(**VIRTUAL_SETTINGS, **search_))
+    assert (plan.spec.arrivals, plan.spec.rate_scale) == ("poisson:1", 2.0)
 
 
 def test_an_unknown_profile_is_one_line(folder, capsys):

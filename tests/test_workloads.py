@@ -673,6 +673,13 @@ def test_a_trace_that_comes_with_batchpilot_lies_beside_nothing(workload_file):
         ("workload: [{chat: , fixed: }]", r"workload\[0\]=.* must name one kind"),
         ("workload: [{chat: [1]}]", r"workload\[0\]\.chat=\[1\] is not `key: value` pairs"),
         ("workload: [{chat: {}, at_s: 5}]", r"workload\[0\]: the first phase begins at the start"),
+        (
+            "workload: {chat: {prompt_max: [1, 2]}}",
+            r"workload\.yaml: workload\[0\]\.chat\.prompt_max=\[1, 2\] is neither a number nor",
+        ),
+        ("arrivals: [{poisson: {rate: {a: 1}}}]", r"arrivals\[0\]\.poisson\.rate={'a': 1} is nei"),
+        ("workload: [chat, {chat: , at_s: [1, 2]}]", r"workload\[1\]\.at_s=\[1, 2\] is neither"),
+        ("workload: [chat, {chat: , at_s: }]", r"workload\[1\]\.at_s=None is neither"),
         ("workload: [chat, {chat: {}}]", "must end in @SECONDS"),
         ("workload: [{chat: {outputs: 3}}]", "unknown key 'outputs'; allowed: prompt_mean"),
     ],

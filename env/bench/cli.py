@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -44,6 +45,15 @@ EXIT_INTERRUPTED = 130
 # Where the output is no terminal its width is unknown; the tables fit this.
 PLAIN_WIDTH = 100
 
+WORKLOAD_FILE = """\
+a workload file, as in --workload workload.yaml (--arrivals and --num-requests win over its own):
+  workload:
+    - chat: {output_max: 400}
+    - lognormal: {prompt_mean: 1000, output_mean: 50}
+      at_s: 60
+  arrivals: poisson:4,poisson:16@60
+  num_requests: 500"""
+
 EXAMPLES = """\
 examples:
   batchpilot bench --engine live --model tiny --policies static,watermark:0.05,memory
@@ -73,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=_METAVARS.get(item.name, "N"),
             help=text,
         )
-    parser.epilog = "\n\n".join((_policies_text(), _definitions_text(), EXAMPLES))
+    parser.epilog = "\n\n".join((_policies_text(), _definitions_text(), WORKLOAD_FILE, EXAMPLES))
 
 
 _FLAGS = ("find_capacity", "fresh")
@@ -85,7 +95,7 @@ _METAVARS = {
     "work_dir": "FOLDER",
     "model": "NAME",
     "policies": "A,B,C",
-    "workload": "NAME|CSV",
+    "workload": "NAME|CSV|YAML",
     "arrivals": "HOW",
     "rate_scale": "X",
     "itl_slo_ms": "MS",
@@ -115,6 +125,12 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     except EngineStalledError as error:
         _complain(f"{error}; nothing was written")
+        return EXIT_FAILED
+    except BrokenProcessPool:
+        _complain(
+            "a worker process was killed, perhaps for want of memory (try fewer --workers); "
+            f"nothing was written{_how_to_go_on(settings)}"
+        )
         return EXIT_FAILED
     status = _save_results(results, settings, progress)
     _print_results(results)
@@ -223,7 +239,7 @@ def _print_results(results: BenchResults) -> None:
     print_tables(summaries, console)
     if results.capacity:
         print_capacity(results.capacity, float(results.config["attainment"]), console)
-    console.print(headline(summaries), highlight=False, markup=False)
+    console.print(headline(summaries, results.capacity), highlight=False, markup=False)
 
 
 def _write_results(results: BenchResults, settings: BenchSettings) -> None:

@@ -227,8 +227,9 @@ def _draw_sequences(
     axis.fill_between(seconds, running, step="pre", color=colours.of(row), alpha=0.28, linewidth=0)
     axis.plot(seconds, running, drawstyle="steps-pre", color=colours.of(row), linewidth=1.1)
     axis.plot(seconds, limit, drawstyle="steps-pre", color=colours.ink, linewidth=1.3)
-    shadow = [s.shadow.max_num_seqs if s.shadow else np.nan for s in samples]
-    if any(sample.shadow for sample in samples):
+    beside = [s.shadow.max_num_seqs for s in samples if s.shadow]
+    if beside:
+        shadow = [s.shadow.max_num_seqs if s.shadow else np.nan for s in samples]
         axis.plot(
             seconds,
             shadow,
@@ -241,11 +242,21 @@ def _draw_sequences(
     axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axis.set_ylabel("sequences", color=colours.muted, fontsize=8)
     if row == 0:
-        beside = " · dashed: the shadow's" if any(sample.shadow for sample in samples) else ""
-        _key(axis, f"area: running · line: limit{beside}", colours)
+        dashed = " · dashed: the shadow's" if beside else ""
+        _key(axis, f"area: running · line: limit{dashed}", colours)
+    height = 0.97
     if limit and min(limit) > top:
-        shown = f"{min(limit)}" if min(limit) == max(limit) else f"{min(limit)}-{max(limit)}"
-        _note(axis, f"limit {shown}, above the scale", colours.ink, 0.97)
+        _note(axis, f"limit {_range_text(limit)}, above the scale", colours.ink, height)
+        height -= 0.11
+    if beside and min(beside) > top:
+        text = f"the shadow's limit {_range_text(beside)}, above the scale"
+        _note(axis, text, colours.alarm, height)
+
+
+def _range_text(limits: Sequence[int]) -> str:
+    """One number, or least to greatest."""
+    low, high = min(limits), max(limits)
+    return f"{low}" if low == high else f"{low}-{high}"
 
 
 def _draw_kv_cache(axis: Axes, samples: Sequence[Sample], colours: Colours, row: int) -> None:

@@ -14,9 +14,11 @@ from batchpilot.env.bench.measure import Distribution
 from batchpilot.env.bench.runner import Round, TimedRequest
 from batchpilot.env.bench.settings import BenchSettings
 from batchpilot.env.engine import Engine
+from batchpilot.env.lengths import EmpiricalParameters
 from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
 from batchpilot.env.models import ModelSource, longest_that_fits, resolve_model
-from batchpilot.env.profiles import GpuProfile, load_profile
+from batchpilot.env.profiles import GpuProfile, load_profile, profile_names
+from batchpilot.env.specs import Kind, build_from_text, split_phases
 from batchpilot.env.virtual_engine import VOCAB_SIZE, VirtualEngine, VirtualEngineConfig
 from batchpilot.env.workloads import (
     SATURATED,
@@ -87,12 +89,13 @@ def prepare(settings: BenchSettings) -> BenchPlan:
     defaults = {"itl_slo_ms": slo.itl_slo_ms, "ttft_slo_ms": slo.ttft_slo_ms}
     contestants = parse_contestants(settings.policies, defaults, settings.shadow)
     drawn = [_draw(settings, index) for index in range(settings.rounds)]
+    spec = drawn[0][0]
     workloads = tuple(workload for _, workload in drawn)
+    _check_inputs_are_kept(settings, spec)
     model, kv_blocks, block_size = _target(settings)
     max_model_len = longest_that_fits(model, kv_blocks, block_size)
     for workload in workloads:
         workload.check_fits(max_model_len)
-    spec = drawn[0][0]
     return BenchPlan(
         settings, contestants, model, kv_blocks, block_size, max_model_len, spec, workloads
     )
@@ -177,7 +180,44 @@ def _draw(settings: BenchSettings, index: int) -> tuple[WorkloadSpec, Workload]:
             )
         spec = replace(spec, arrivals=CAPACITY_ARRIVALS)
         workload = spec.build()
+    if spec.rate_scale != 1 and (spec.arrivals or _usual_arrivals(workload)) == SATURATED:
+        raise ConfigError(
+            f"rate_scale={spec.rate_scale:g} multiplies a rate, and arrivals={SATURATED!r} of "
+            f"workload {settings.workload!r} has none; poisson:RATE has one"
+        )
     return spec, workload
+
+
+def _check_inputs_are_kept(settings: BenchSettings, spec: WorkloadSpec) -> None:
+    """Raises for an output that would take the place of a file that is read."""
+    inputs = {path.resolve() for path in _input_files(settings, spec)}
+    for path in settings.output_files:
+        if path.resolve() in inputs:
+            raise ConfigError(f"{path} is read by this bench: write its results to another file")
+
+
+def _input_files(settings: BenchSettings, spec: WorkloadSpec) -> list[Path]:
+    """What the description was read from, what it names, and the profile."""
+    profile = settings.profile
+    files = [Path(settings.workload), *_recorded_files(spec)]
+    if profile is not None and profile not in profile_names():
+        files.append(Path(profile).expanduser())
+    return files
+
+
+def _recorded_files(spec: WorkloadSpec) -> list[Path]:
+    """The trace that is replayed, or the files that lengths are drawn from."""
+    replay = spec.replay
+    if replay is not None:
+        return [Path(replay.path)]
+    texts = [phase.text for phase in split_phases(spec.workload, what="workload")]
+    recorded = [text for text in texts if text.strip().partition(":")[0] in _EMPIRICAL]
+    return [build_from_text(text, _EMPIRICAL, what="workload") for text in recorded]
+
+
+_EMPIRICAL: dict[str, Kind[Path]] = {
+    "empirical": Kind(EmpiricalParameters, lambda params: Path(params.path))
+}
 
 
 def _target(settings: BenchSettings) -> tuple[ModelSource, int, int]:
@@ -186,7 +226,8 @@ def _target(settings: BenchSettings) -> tuple[ModelSource, int, int]:
         assert settings.model is not None
         assert settings.kv_blocks is not None and settings.block_size is not None
         return resolve_model(settings.model), settings.kv_blocks, settings.block_size
-    assert settings.profile is not None
+    if settings.profile is None:
+        raise ConfigError(f"engine 'virtual' needs a profile: {', '.join(profile_names())}")
     profile = load_profile(settings.profile)
     return _virtual_model(profile), settings.kv_blocks or profile.num_blocks, profile.block_size
 

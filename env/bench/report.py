@@ -51,7 +51,7 @@ def render_report(results: BenchResults) -> str:
     return environment.from_string(template).render(
         results=results,
         summaries=summaries,
-        headline=headline(summaries),
+        headline=headline(summaries, results.capacity),
         figures=_draw_all(results),
         statistics=STATISTICS,
         limit_text=limit_text,

@@ -9,7 +9,7 @@ from typing import Any
 
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.env.bench.measure import Slo
-from batchpilot.env.profiles import profile_names
+from batchpilot.env.cache import CACHE_VARIABLE
 from batchpilot.env.workloads import DEFAULT_NUM_REQUESTS
 
 ENGINES = ("live", "virtual")
@@ -63,8 +63,9 @@ class BenchSettings(Parameters):
     workload: str = parameter(
         "chat",
         help="chat, a bundled trace or length distribution ('?' lists them), fixed:KEY=VALUE:..., "
-        "lognormal:prompt_mean=N:output_mean=N:..., or a CSV file with the columns "
-        "arrival_s,input_tokens,output_tokens and, if prompts begin alike, shared_prefix_tokens; "
+        "lognormal:prompt_mean=N:output_mean=N:..., a CSV file with the columns "
+        "arrival_s,input_tokens,output_tokens and, if prompts begin alike, shared_prefix_tokens, "
+        "or a YAML file as below; "
         "lengths take system_prompt=N, tokens that all prompts begin with",
     )
     num_requests: int | None = parameter(
@@ -126,9 +127,14 @@ class BenchSettings(Parameters):
         None, minimum=1, help="virtual only: processes that share the runs; every core by default"
     )
     work_dir: str | None = parameter(
-        None, help="virtual only: folder of finished runs, so that a bench can be taken up again"
+        None,
+        help="virtual only: folder that keeps finished runs, and that they are taken from unless "
+        "--fresh is given, so that a bench can be taken up again (default: bench in "
+        f"${CACHE_VARIABLE}, or in ~/.cache/batchpilot where that is not set)",
     )
-    fresh: bool | None = parameter(None, help="virtual only: do not take finished runs from there")
+    fresh: bool | None = parameter(
+        None, help="virtual only: run everything again, also what --work-dir has"
+    )
 
     def __post_init__(self) -> None:
         """Checks each value, fills in the engine's defaults, then what must hold between them."""
@@ -148,7 +154,7 @@ class BenchSettings(Parameters):
         self._check_files_differ()
 
     def _check_engine(self) -> None:
-        """Raises for what the engine does not have, or lacks."""
+        """Raises for what the engine does not have, and for a search that lacks its target."""
         other = "live" if self.engine == "virtual" else "virtual"
         for name in _ONLY[other]:
             if getattr(self, name) is not None:
@@ -156,8 +162,6 @@ class BenchSettings(Parameters):
                     f"{name}={getattr(self, name)!r} is a setting of engine {other!r}; "
                     f"this is {self.engine!r}"
                 )
-        if self.engine == "virtual" and self.profile is None:
-            raise ConfigError(f"engine 'virtual' needs a profile: {', '.join(profile_names())}")
         if self.find_capacity and not self.slo.is_set:
             raise ConfigError("find_capacity needs a target: set itl_slo_ms, ttft_slo_ms or both")
         if self.find_capacity and self.arrivals == "saturated":
@@ -179,6 +183,12 @@ class BenchSettings(Parameters):
         return [Path(name) for name in (self.json, self.html, self.plot) if name is not None]
 
     def _check_files_differ(self) -> None:
+        for name in ("json", "html"):
+            if getattr(self, name) == "-":
+                raise ConfigError(
+                    f"{name}='-' would be a file of that name: a bench prints its tables, and "
+                    "writes everything else to files"
+                )
         seen = {Path(self.workload).resolve()}
         for path in self.output_files:
             if path.resolve() in seen:

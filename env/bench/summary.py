@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+
+from batchpilot.env.bench.capacity import TOLERANCE, Capacity
 from batchpilot.env.bench.measure import Distribution, RunMeasurement
 from batchpilot.env.bench.results import BenchResults
 
@@ -42,6 +45,7 @@ class PolicySummary:
     Attributes:
         policy: Its label.
         rounds: How often it ran.
+        rounds_differ: Whether any round came out otherwise than the first.
         submitted: Requests of all rounds; completed and failed likewise.
         completed: Those that gave every token.
         failed: The others.
@@ -61,6 +65,7 @@ class PolicySummary:
 
     policy: str
     rounds: int
+    rounds_differ: bool
     submitted: int
     completed: int
     failed: int
@@ -99,11 +104,14 @@ def spread_over(
     return Spread.of([read(measurement) for measurement in measured])
 
 
-def headline(summaries: Sequence[PolicySummary]) -> str:
+def headline(summaries: Sequence[PolicySummary], capacities: Sequence[Capacity] = ()) -> str:
     """What the bench showed in a sentence, which claims nothing that lies within the spread.
 
-    Compared by goodput where a target is set, else by tokens per second.
+    Compared by capacity where it was searched for, since each policy then ran at another rate; else
+    by goodput where a target is set, else by tokens per second.
     """
+    if capacities:
+        return _capacity_headline(capacities)
     first = summaries[0]
     judge, describe = (
         (_goodput, _goodput_text) if first.slo_attainment else (_tokens_per_s, _rate_text)
@@ -112,13 +120,48 @@ def headline(summaries: Sequence[PolicySummary]) -> str:
     if len(summaries) == 1:
         return f"{first.policy}: {describe(first)}."
     if best is first:
-        return f"No policy gave more than {first.policy}: {describe(first)}."
-    text = f"{best.policy}: {describe(best)}, against {describe(first)} for {first.policy}."
+        text = f"No policy gave more than {first.policy}: {describe(first)}."
+    else:
+        text = f"{best.policy}: {describe(best)}, against {describe(first)} for {first.policy}."
+    compared = summaries if best is first else (first, best)
+    if best.rounds > 1 and not any(summary.rounds_differ for summary in compared):
+        return (
+            f"{text} One run each: nothing differs between the rounds, "
+            "so there is no spread to judge that by."
+        )
+    if best is first:
+        return text
     if best.rounds == 1:
         return f"{text} One round has no spread to judge that by."
     if judge(best).low <= judge(first).high:
         return f"{text} Their rounds overlap: read no winner from it."
     return text
+
+
+def _capacity_headline(capacities: Sequence[Capacity]) -> str:
+    first = capacities[0]
+    best = max(capacities, key=lambda capacity: capacity.rate_per_s)
+    if not best.rate_per_s:
+        return "No policy kept the targets at any rate tried."
+    if len(capacities) == 1:
+        return f"{first.policy} keeps the targets up to {_capacity_text(first)}."
+    if best is first:
+        return (
+            f"No policy keeps the targets at a higher rate than {first.policy}: "
+            f"up to {_capacity_text(first)}."
+        )
+    text = (
+        f"{best.policy} keeps the targets up to {_capacity_text(best)}, "
+        f"against {_capacity_text(first)} for {first.policy}."
+    )
+    if best.rate_per_s <= first.rate_per_s * (1 + TOLERANCE):
+        return f"{text} The search tells no closer than {TOLERANCE:.0%}: read no winner from it."
+    return text
+
+
+def _capacity_text(capacity: Capacity) -> str:
+    more = "" if capacity.is_bounded else " or more"
+    return f"{number(capacity.rate_per_s)} requests/s{more}"
 
 
 def number(value: float | None) -> str:
@@ -153,6 +196,7 @@ def _summarise_policy(
     return PolicySummary(
         policy=policy,
         rounds=len(measured),
+        rounds_differ=any(not _came_out_alike(measured[0], other) for other in measured[1:]),
         submitted=sum(m.submitted for m in measured),
         completed=sum(m.completed for m in measured),
         failed=sum(m.failed for m in measured),
@@ -168,6 +212,19 @@ def _summarise_policy(
         slo_attainment=spread_over(measured, lambda m: m.slo_attainment),
         goodput_per_s=spread_over(measured, lambda m: m.goodput_per_s),
         latencies=_latencies(measured),
+    )
+
+
+def _came_out_alike(one: RunMeasurement, other: RunMeasurement) -> bool:
+    """Whether two runs gave the same at the same times, but for the last digits of a sum."""
+    return (one.completed, one.failed, one.output_tokens, one.preemptions) == (
+        other.completed,
+        other.failed,
+        other.output_tokens,
+        other.preemptions,
+    ) and all(
+        len(mine) == len(others) and np.allclose(mine, others, rtol=1e-9, atol=1e-6)
+        for mine, others in ((one.itl_ms, other.itl_ms), (one.ttft_ms, other.ttft_ms))
     )
 
 
