@@ -14,7 +14,7 @@ from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.env.bench.plan import build_round_workload
 from batchpilot.env.bench.settings import BenchSettings
 from batchpilot.env.contest.scenario import estimated_capacity
-from batchpilot.env.profiles import load_profile
+from batchpilot.env.profiles import load_profile, profile_names
 
 _DEFAULT = resources.files("batchpilot.env.gate") / "held_out.yaml"
 _BENCH_KEYS = frozenset(
@@ -134,6 +134,8 @@ def _cell(values: Any) -> HeldOutCell:
     if not name:
         raise ConfigError(f"a cell has no name: {found}")
     settings = BenchSettings.from_mapping({"engine": "virtual", **found}, where=f"cell {name}")
+    if settings.profile is None:
+        raise ConfigError(f"cell {name}: needs a profile: {', '.join(profile_names())}")
     if not settings.slo.is_set:
         raise ConfigError(f"cell {name}: itl_slo_ms or ttft_slo_ms is required: goodput needs one")
     if load is not None:
