@@ -95,7 +95,7 @@ bench-virtual: setup  ## the README's figures on a virtual RTX 4090 whose KV cac
 	  --arrivals saturated --rounds 3 --policies static,watermark:0.05,watermark:0.1,memory,memory-clt,memory-peak \
 	  --json results/virtual.json --html results/virtual.html
 
-bench-predictive: setup  ## every policy against every baseline on virtual GPUs (about five hours on two cores; taken up again)
+bench-predictive: setup  ## every policy against every baseline on virtual GPUs (two to five hours on two cores; taken up again)
 	$(BIN)/python -m batchpilot.env.contest --json results/predictive.json --html results/predictive.html
 
 bench-predictive-live: setup  ## the real model under a latency target at a Poisson load: six minutes
