@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.env.traces import TraceLine, TraceRow, bundled_traces, read_trace
@@ -56,6 +57,16 @@ def trace_end_seconds(params: ReplayParameters) -> float:
     return _lines(params, None)[-1].row.arrival_s
 
 
+def arrival_seconds(params: ReplayParameters) -> npt.NDArray[np.float64]:
+    """When the requests of a stretch arrive, in seconds of the trace, without jitter.
+
+    Raises:
+        ConfigError: The file cannot be used.
+    """
+    times = np.array([line.row.arrival_s for line in _lines(params, None)])
+    return times[(params.start_s <= times) & (times < _end_seconds(params))]
+
+
 def replayed_lines(
     params: ReplayParameters, rng: np.random.Generator, *, num_requests: int | None
 ) -> Lines:
@@ -71,7 +82,7 @@ def replayed_lines(
             asked for and its times do not count from its start.
     """
     lines = _lines(params, num_requests)
-    end_s = np.inf if params.end_s is None else params.end_s
+    end_s = _end_seconds(params)
     inside = [line for line in lines if params.start_s <= line.row.arrival_s < end_s]
     if not inside:
         raise ConfigError(
@@ -102,6 +113,10 @@ def _lines(params: ReplayParameters, num_requests: int | None) -> Lines:
     if not bundled.has_arrivals:
         raise ConfigError(f"{params.path} has no arrival times; use empirical:{params.path}")
     return _bundled_lines(params.path)
+
+
+def _end_seconds(params: ReplayParameters) -> float:
+    return np.inf if params.end_s is None else params.end_s
 
 
 def _jitter_seconds(params: ReplayParameters) -> float:

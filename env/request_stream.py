@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from batchpilot.agents.parameters import ConfigError
 from batchpilot.env.engine import EngineRequest
-from batchpilot.env.replay import ReplayParameters, replayed_lines, trace_end_seconds
+from batchpilot.env.replay import ReplayParameters, arrival_seconds, trace_end_seconds
 from batchpilot.env.specs import split_phases
 from batchpilot.env.workloads import (
     SATURATED,
@@ -184,20 +183,11 @@ def _random_start(replay: ReplayParameters, latest: float, seconds: float, seed:
     """Any second up to the latest; where nothing comes for so long, that of some arrival."""
     rng = np.random.default_rng([seed, _STARTS])
     start_s = float(rng.uniform(replay.start_s, latest))
-    arrivals_s = _arrivals_s(replay)
+    arrivals_s = arrival_seconds(replay)
     inside = (start_s <= arrivals_s) & (arrivals_s < start_s + seconds)
     if inside.any() or not arrivals_s.size:
         return start_s
     return min(float(rng.choice(arrivals_s)), latest)
-
-
-def _arrivals_s(replay: ReplayParameters) -> npt.NDArray[np.float64]:
-    """When requests arrive in a stretch of a trace, in seconds of the trace."""
-    whole = ReplayParameters(replay.path, jitter_s=0.0)
-    lines = replayed_lines(whole, np.random.default_rng(0), num_requests=None)
-    times = np.array([line.row.arrival_s for line in lines])
-    end_s = np.inf if replay.end_s is None else replay.end_s
-    return times[(replay.start_s <= times) & (times < end_s)]
 
 
 _STARTS = 100  # a stream of chance that no workload uses

@@ -157,3 +157,13 @@ def test_all_at_once_after_the_horizon_is_as_good_as_never():
 def test_what_is_too_long_is_refused(trace: Path):
     with pytest.raises(ConfigError, match=r"'trace\.csv' line 6: 5 prompt \+ 1 output"):
         stream(WorkloadSpec(str(trace)), max_model_len=5)
+
+
+def test_a_random_start_in_a_trace_whose_times_count_from_1970(tmp_path: Path):
+    path = tmp_path / "epoch.csv"
+    rows = [f"{1_700_000_000 + second},5,1" for second in range(600)]
+    path.write_text("\n".join(["arrival_s,input_tokens,output_tokens", *rows]))
+    spec = WorkloadSpec(f"trace:{path}:start_s=1700000000")
+    times = [a.seconds for a in drain(stream(spec, 100.0, random_start=True))]
+    assert len(times) == 100
+    assert 0.0 <= times[0] < 1.0
