@@ -32,7 +32,12 @@ import numpy.typing as npt
 from batchpilot.agents.parameters import ConfigError, Parameters, parameter
 from batchpilot.env.arrivals import ARRIVALS, ArrivalProcess, ShiftedArrivals
 from batchpilot.env.engine import EngineRequest
-from batchpilot.env.lengths import LENGTHS, LengthDistribution, ShiftedLengths
+from batchpilot.env.lengths import (
+    LENGTHS,
+    EmpiricalParameters,
+    LengthDistribution,
+    ShiftedLengths,
+)
 from batchpilot.env.replay import Lines, ReplayParameters, replay_names, replayed_lines
 from batchpilot.env.specs import Kind, build_from_text, split_phases
 
@@ -142,6 +147,20 @@ class WorkloadSpec(Parameters):
             ConfigError: A trace with a key or value that does not fit.
         """
         return _replay_parameters(self.workload)
+
+    @property
+    def files(self) -> list[Path]:
+        """The trace that is replayed, or what lengths are drawn from; names of ours among them.
+
+        Raises:
+            ConfigError: One of them with a key or value that does not fit.
+        """
+        replay = self.replay
+        if replay is not None:
+            return [Path(replay.path)]
+        texts = [phase.text for phase in split_phases(self.workload, what="workload")]
+        recorded = [text for text in texts if text.strip().partition(":")[0] in _RECORDED]
+        return [build_from_text(text, _RECORDED, what="workload") for text in recorded]
 
     def build(self, replay: ReplayParameters | None = None) -> Workload:
         """Draws the requests.
@@ -350,6 +369,9 @@ def _exists(text: str) -> bool:
 
 
 _REPLAY = {TRACE_ARRIVALS: Kind(ReplayParameters, lambda params: params)}
+_RECORDED: dict[str, Kind[Path]] = {
+    "empirical": Kind(EmpiricalParameters, lambda params: Path(params.path))
+}
 
 
 def _length_distribution(text: str) -> LengthDistribution:

@@ -429,9 +429,11 @@ def test_the_metrics_page_counts_the_rows_of_the_experience_log(tmp_path):
             engine = Engine(channel)
             await engine.begin()
             await engine.ask(1)
-            written = ("result", "written")
-            while not (await asyncio.to_thread(scrape, service))["experience_rows_total"][written,]:
-                await asyncio.sleep(0.05)
+            written, dropped = (("result", "written"),), (("result", "dropped"),)
+            rows = {written: 0}
+            while not rows[written]:
+                rows = (await asyncio.to_thread(scrape, service))["experience_rows_total"]
+            assert rows == {written: 1, dropped: 0}
 
     run(test)
 

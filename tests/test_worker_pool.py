@@ -56,12 +56,16 @@ def test_ctrl_c_is_the_parents_alone():
         assert pool.submit(os.getpid).result() == worker
 
 
-def test_a_sigterm_takes_the_processes_along(tmp_path: Path):
-    script = tmp_path / "work.py"
+def start_work(folder: Path) -> subprocess.Popen[str]:
+    script = folder / "work.py"
     script.write_text(SCRIPT)
-    with subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as parent:
+    )
+
+
+def test_a_sigterm_takes_the_processes_along(tmp_path: Path):
+    with start_work(tmp_path) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         parent.send_signal(signal.SIGTERM)
@@ -69,3 +73,13 @@ def test_a_sigterm_takes_the_processes_along(tmp_path: Path):
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_workers_end_with_a_parent_that_had_no_time_to_end_them(tmp_path: Path, number: int):
+    with start_work(tmp_path) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline().strip().isdigit()
+        parent.send_signal(number)
+        parent.communicate(timeout=60)  # the pipe ends with the last process that holds it
+    assert parent.returncode == -number

@@ -14,11 +14,9 @@ from batchpilot.env.bench.measure import Distribution
 from batchpilot.env.bench.runner import Round, TimedRequest
 from batchpilot.env.bench.settings import BenchSettings
 from batchpilot.env.engine import Engine
-from batchpilot.env.lengths import EmpiricalParameters
 from batchpilot.env.live_engine import LiveEngine, LiveEngineConfig
 from batchpilot.env.models import ModelSource, longest_that_fits, resolve_model
 from batchpilot.env.profiles import GpuProfile, load_profile, profile_names
-from batchpilot.env.specs import Kind, build_from_text, split_phases
 from batchpilot.env.virtual_engine import VOCAB_SIZE, VirtualEngine, VirtualEngineConfig
 from batchpilot.env.workloads import (
     SATURATED,
@@ -199,25 +197,10 @@ def _check_inputs_are_kept(settings: BenchSettings, spec: WorkloadSpec) -> None:
 def _input_files(settings: BenchSettings, spec: WorkloadSpec) -> list[Path]:
     """What the description was read from, what it names, and the profile."""
     profile = settings.profile
-    files = [Path(settings.workload), *_recorded_files(spec)]
+    files = [Path(settings.workload), *spec.files]
     if profile is not None and profile not in profile_names():
         files.append(Path(profile).expanduser())
     return files
-
-
-def _recorded_files(spec: WorkloadSpec) -> list[Path]:
-    """The trace that is replayed, or the files that lengths are drawn from."""
-    replay = spec.replay
-    if replay is not None:
-        return [Path(replay.path)]
-    texts = [phase.text for phase in split_phases(spec.workload, what="workload")]
-    recorded = [text for text in texts if text.strip().partition(":")[0] in _EMPIRICAL]
-    return [build_from_text(text, _EMPIRICAL, what="workload") for text in recorded]
-
-
-_EMPIRICAL: dict[str, Kind[Path]] = {
-    "empirical": Kind(EmpiricalParameters, lambda params: Path(params.path))
-}
 
 
 def _target(settings: BenchSettings) -> tuple[ModelSource, int, int]:

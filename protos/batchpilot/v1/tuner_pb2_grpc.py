@@ -75,8 +75,8 @@ class TunerServiceServicer(object):
         order, unless the engine's policy has failed. It answers every report but those for which all of
         this holds: the limits are those of the newest lease of this stream, its policy and its lease_ms
         too, and the report says that the lease in force runs for lease_ms / 2 and one report interval
-        or longer (Report.lease_remaining_ms). An engine that sets no lease_remaining_ms gets an answer to every
-        report; one that misses an answer sends the next report all the same.
+        or longer (Report.lease_remaining_ms). An engine that sets no lease_remaining_ms gets an answer
+        to every report; one that misses an answer sends the next report all the same.
 
         Status: INVALID_ARGUMENT (no hello first, or a report that cannot be real), ABORTED (a new session
         of the same engine has replaced this one), RESOURCE_EXHAUSTED (too many sessions, or reports
